@@ -1,0 +1,16 @@
+"""mole: train adapters as experts on a frozen backbone, keep them in a library, mix them under a router."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name → module. Nothing is imported before it is asked for: `mole --help` must not load torch.
+_PUBLIC: dict[str, str] = {}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'mole' has no attribute {name!r}")
