@@ -1,0 +1,50 @@
+"""From samples to batches: the order of an epoch, and padded tensors."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mole.data.samples import IGNORED, Sample
+
+
+def epoch_order(length: int, epoch: int, seed: int) -> list[int]:
+    """The order in which epoch number `epoch` visits `length` samples: a permutation of `range(length)`.
+
+    It depends on these three numbers alone, not on the number of processes: with several, each takes its share of
+    this one order.
+    """
+    order = list(range(length))
+    random.Random(f"epoch order {seed} {epoch}").shuffle(order)
+    return order
+
+
+def collate(samples: Sequence[Sample], pad_token_id: int, padding_side: str = "right") -> dict[str, Any]:
+    """One padded batch of B samples, T tokens long (the longest sample).
+
+    Returns `input_ids`, `attention_mask` and `labels` (int64 [B, T]; labels are -100 on prompts and padding),
+    `prompt_mask` (bool [B, T]: a real token that is not supervised) and `task_names` (a list of B names).
+    Padding is told from real tokens by position, so a padding token that is also the end-of-sequence token is safe.
+    """
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side is 'left' or 'right', got {padding_side!r}")
+    if not samples:
+        raise ValueError("a batch needs at least one sample")
+    shape = (len(samples), max(len(sample.input_ids) for sample in samples))
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
+    labels = torch.full(shape, IGNORED, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    for row, sample in enumerate(samples):
+        length = len(sample.input_ids)
+        here = slice(0, length) if padding_side == "right" else slice(shape[1] - length, shape[1])
+        input_ids[row, here] = torch.tensor(sample.input_ids, dtype=torch.long)
+        labels[row, here] = torch.tensor(sample.labels, dtype=torch.long)
+        attention_mask[row, here] = 1
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "prompt_mask": attention_mask.bool() & (labels == IGNORED),
+        "task_names": [sample.task for sample in samples],
+    }

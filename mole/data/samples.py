@@ -1,0 +1,65 @@
+"""What training and evaluation see: samples of token ids with labels, in train, validation and test splits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example. `labels[i]` is `input_ids[i]` where the token is supervised, else -100; both have one length.
+
+    `prompt_ids` is a prefix of `input_ids` and what generation is given; `completion` is the text that it should
+    give. Windows of plain text have no prompt: there `prompt_ids` holds at most the beginning-of-sequence token.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    task: str
+    prompt: str
+    completion: str
+    prompt_ids: tuple[int, ...]
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that the loss counts; the first of a sequence has nothing before it and is never one."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Split(Sequence[Sample]):
+    """The samples of one split, in a fixed order."""
+
+    samples: tuple[Sample, ...]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Split": ...
+    def __getitem__(self, index: int | slice) -> "Sample | Split":
+        if isinstance(index, slice):
+            return Split(self.samples[index])
+        return self.samples[index]
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """A dataset, tokenized.
+
+    `validation` and `test` are None where the config asks for none. `dropped` counts the examples that had no
+    supervised token, `truncated` those cut to the longest length allowed (over all splits). `fingerprint` is the
+    sha256 of every id, label and task name in order.
+    """
+
+    train: Split
+    validation: Split | None
+    test: Split | None
+    name: str
+    fingerprint: str
+    dropped: int = 0
+    truncated: int = 0
