@@ -1,0 +1,8 @@
+"""Mixtures: the one layer that spends a routing, and the model that owns the layers and their router."""
+
+from mole.mixtures.adapter_mixture import MixtureLayer
+from mole.mixtures.bank import LoraBank
+from mole.mixtures.cache import TwoStreamCache
+from mole.mixtures.model import MultiExpertModel
+
+__all__ = ["LoraBank", "MixtureLayer", "MultiExpertModel", "TwoStreamCache"]

@@ -1,0 +1,328 @@
+"""MultiExpertModel: a backbone whose modules are mixtures of experts, under one router.
+
+To the outside it stays a transformers model: forward, generate with KV cache, gradient checkpointing, Accelerate.
+A router that asks for the backbone's hidden states (X-LoRA) gets a routing pass before each forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from inspect import signature
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from mole.adapters import Adapter
+from mole.backbones.modules import in_out_features, replace_module
+from mole.mixtures.cache import TwoStreamCache
+from mole.mixtures.routing_pass import Streams, last_hidden_state
+from mole.mixtures.wrapping import wrap
+from mole.registry import ROUTERS, unknown
+from mole.routers import MixtureShape, Router
+from mole.routing import Frame, Routing, RoutingContext, RoutingInputs
+
+TRAINS = ("router", "experts", "both", "none")
+
+
+class Listener(Protocol):
+    """Told of the routing of every forward, once; the routing log is one."""
+
+    def record(
+        self,
+        scalings: Tensor,
+        *,
+        token_ids: Tensor | None,
+        mask: Tensor | None,
+        task_names: list[str] | None,
+        phase: str,
+    ) -> None:
+        """`scalings` [B, T, L, E], or [B, T, 1, E] where all layers share them."""
+        ...
+
+
+class MultiExpertModel(nn.Module, GenerationMixin):
+    """`backbone` with `experts` (name → adapter, in the mixture's order) under the router of `router_config`.
+
+    The backbone's modules are wrapped in place; `unload()` gives it back as it was. `tasks` names each expert's
+    tasks; `train` what gets gradients: router, experts, both or none. Raises ValueError if an expert does not fit
+    the backbone, or the router does not fit the experts.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        experts: Mapping[str, Adapter],
+        router_config: Any,
+        *,
+        tasks: Mapping[str, tuple[str, ...]] | None = None,
+        kernel: str = "auto",
+        train: str = "router",
+    ):
+        super().__init__()
+        if not experts:
+            raise ValueError("a mixture needs at least one expert, got none")
+        self.backbone = backbone
+        self.context = RoutingContext()
+        self.listeners: list[Listener] = []
+        self.kinds = {name: (adapter.method, adapter.dropout) for name, adapter in experts.items()}
+        self.layers = wrap(backbone, experts, self.context, kernel)  # a plain dict: the backbone owns the modules
+        self.shape = MixtureShape(
+            expert_names=tuple(experts),
+            expert_tasks=tuple(tuple((tasks or {}).get(name, ())) for name in experts),
+            num_sites=len(self.layers),
+            hidden_size=backbone.config.get_text_config().hidden_size,
+        )
+        self.router: Router | None = None
+        self.router_config = router_config
+        self._streams = Streams()
+        self._takes = set(signature(backbone.forward).parameters)
+        try:
+            self._build_router()
+            self.set_trainable(train)
+        except ValueError:
+            self.unload()
+            raise
+
+    def _build_router(self) -> None:
+        build = ROUTERS[self.router_config.name].implementation
+        if build.scope == "model":  # type: ignore[attr-defined]
+            self.router = build(self.router_config, self.shape).to(self.device)
+            return
+        for layer in self.layers.values():
+            width = in_out_features(layer.base)[0]
+            layer.router = build(self.router_config, self.shape, input_dim=width).to(self.device)
+
+    # ---- what the model is
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("backbone"), name)
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Names of the experts, in the order that every routing uses."""
+        return self.shape.expert_names
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Paths of the mixed modules, in the backbone's order: the layers of the routing log."""
+        return tuple(self.layers)
+
+    @property
+    def config(self) -> Any:
+        """The backbone's configuration."""
+        return self.backbone.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone's first parameter lives."""
+        return next(self.backbone.parameters()).device
+
+    def routers(self) -> dict[str, Router]:
+        """Every router: under "" the one of the whole model, or one per site."""
+        if self.router is not None:
+            return {"": self.router}
+        return {site: layer.router for site, layer in self.layers.items() if layer.router is not None}
+
+    def adapters(self) -> dict[str, Adapter]:
+        """The experts as they are now, name → adapter; tensors are views of the model's."""
+        found = {}
+        for index, name in enumerate(self.expert_names):
+            method, dropout = self.kinds[name]
+            modules = {site: layer.bank.weights(index) for site, layer in self.layers.items()}
+            present = {site: weights for site, weights in modules.items() if weights is not None}
+            found[name] = Adapter(method=method, modules=present, dropout=dropout)
+        return found
+
+    def set_trainable(self, train: str) -> None:
+        """router, experts, both or none: exactly these parameters get a gradient; the backbone never does."""
+        if train not in TRAINS:
+            raise ValueError(unknown("train", train, TRAINS))
+        self.backbone.requires_grad_(False)
+        for layer in self.layers.values():
+            layer.bank.requires_grad_(train in ("experts", "both"))
+        for router in self.routers().values():
+            router.requires_grad_(train in ("router", "both"))
+
+    def unload(self) -> PreTrainedModel:
+        """Gives the backbone back: every wrapped module is the object that it was."""
+        for site, layer in self.layers.items():
+            replace_module(self.backbone, site, layer.base)
+        self.layers = {}
+        return self.backbone
+
+    # ---- one forward
+    def forward(  # the inputs that `generate` looks for by name, then mole's own
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        task_names: Any = None,
+        prompt_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The backbone's forward with the mixtures at work: its inputs, its output.
+
+        `task_names` (one per example) and `prompt_mask` (bool [B, T]) are for routers that need them. With a router
+        that needs a routing pass, `past_key_values` of the output is a `TwoStreamCache`.
+        """
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids if "position_ids" in self._takes else None,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "logits_to_keep": logits_to_keep,
+        }
+        inputs = {**{k: v for k, v in given.items() if v is not None}, **kwargs}
+        if use_cache is None:
+            use_cache = bool(getattr(self.config, "use_cache", False)) and not self.training
+        inputs["use_cache"] = use_cache
+        names = None if task_names is None else tuple(task_names)
+        frame = self._frame(RoutingInputs(names, input_ids, attention_mask, prompt_mask))
+        phase = self._phase(past_key_values, frame)
+        with self.context.push(frame):
+            pair = self._route(frame, inputs)
+            output = self.backbone(**inputs)
+        if pair is not None and getattr(output, "past_key_values", None) is not None:
+            output.past_key_values = pair
+        if frame.recording:
+            self._report(frame, phase)
+        return output
+
+    def _frame(self, inputs: RoutingInputs) -> Frame:
+        outer = self.context.current or Frame()
+        return Frame(
+            inputs=inputs.over(outer.inputs),
+            experts_enabled=outer.experts_enabled,
+            fixed=outer.fixed,
+            recording=bool(self.listeners) and outer.experts_enabled,
+            generating=outer.generating,
+        )
+
+    def _route(self, frame: Frame, inputs: dict[str, Any]) -> TwoStreamCache | None:
+        """Fills the frame's routings where one router serves the model, with a routing pass if it needs one.
+
+        Puts the mixture's stream into `inputs`; returns the pair that the caller gets back.
+        """
+        if self.router is None or not frame.experts_enabled or frame.fixed is not None:
+            if isinstance(inputs.get("past_key_values"), TwoStreamCache):
+                raise ValueError("this cache was filled under a routing pass: it cannot go on without one")
+            return None
+        pair = None
+        if "hidden_states" in self.router.needs:
+            pair = self._streams.pair(
+                inputs.get("past_key_values"),
+                use_cache=inputs["use_cache"],
+                config=self.config,
+                fingerprint=self.router.fingerprint(),
+            )
+            hidden = self._routing_pass(inputs, pair)
+            frame.inputs = replace(frame.inputs, hidden_states=hidden)
+            if pair is not None:
+                inputs["past_key_values"] = pair.mixture
+        routed = self.router(None, frame)
+        routings = routed if isinstance(routed, tuple) else (routed,) * self.shape.num_sites
+        rows = (inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]).shape[0]
+        fitted = {id(routing): routing.for_rows(rows) for routing in routings}
+        frame.routings = {site: fitted[id(routing)] for site, routing in zip(self.sites, routings, strict=True)}
+        return pair
+
+    def _routing_pass(self, inputs: dict[str, Any], pair: TwoStreamCache | None) -> Tensor:
+        assert self.router is not None
+        constant = self.router.routing_pass_weights()
+        with self.context.push(Frame(experts_enabled=constant is not None, fixed=constant)):
+            return last_hidden_state(self.backbone, inputs, pair.scaling if pair else None)
+
+    # ---- what is seen of the routing
+    def _phase(self, cache: Any, frame: Frame) -> str:
+        if not frame.generating:
+            return "train" if self.training else "eval"
+        return "decode" if cache is not None and cache.get_seq_length() > 0 else "prefill"
+
+    def _report(self, frame: Frame, phase: str) -> None:
+        """One record for this forward: the routing of every site, [B, T, L, E], or L = 1 if all share one object."""
+        seen = [frame.seen[site] for site in self.sites if site in frame.seen]
+        distinct = seen[:1] if all(routing is seen[0] for routing in seen) else seen
+        names, ids, mask = frame.inputs.task_names, frame.inputs.input_ids, frame.inputs.attention_mask
+        shape = [routing.weights.shape for routing in distinct]
+        rows = ids.shape[0] if ids is not None else max(s[0] for s in shape)
+        length = ids.shape[1] if ids is not None else max(s[1] for s in shape)
+        dense = [routing.detach().logged(self.shape.num_experts).expand(rows, length, -1) for routing in distinct]
+        for listener in self.listeners:
+            listener.record(
+                torch.stack(dense, dim=2),
+                token_ids=ids,
+                mask=mask[:, -length:] if mask is not None and mask.dim() == 2 else None,
+                task_names=None if names is None else [names[row * len(names) // rows] for row in range(rows)],
+                phase=phase,
+            )
+
+    @contextmanager
+    def experts_off(self) -> Iterator[None]:
+        """The plain backbone inside the body, for forward and generate."""
+        with self.context.push(replace(self.context.current or Frame(), experts_enabled=False)):
+            yield
+
+    @contextmanager
+    def fixed_routing(self, weights: Mapping[str, float] | Routing) -> Iterator[None]:
+        """Every layer spends this routing inside the body, whatever the router: name → weight (others 0), or data."""
+        if not isinstance(weights, Routing):
+            for name in weights:
+                if name not in self.expert_names:
+                    raise ValueError(unknown("expert", name, self.expert_names))
+            row = [float(weights.get(name, 0.0)) for name in self.expert_names]
+            weights = Routing(torch.tensor(row, device=self.device).view(1, 1, -1))
+        with self.context.push(replace(self.context.current or Frame(), fixed=weights)):
+            yield
+
+    # ---- generation
+    def generate(self, *args: Any, task_names: Any = None, prompt_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate`, exact with KV cache. Runs in eval mode; training flags are as before afterwards."""
+        outer = self.context.current or Frame()
+        inputs = RoutingInputs(task_names=None if task_names is None else tuple(task_names), prompt_mask=prompt_mask)
+        frame = replace(outer, inputs=inputs.over(outer.inputs), generating=True)
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            with self.context.push(frame):
+                return super().generate(*args, **kwargs)
+        finally:
+            for module in training:
+                module.training = True
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict:
+        """As the backbone does it."""
+        return self.backbone.prepare_inputs_for_generation(*args, **kwargs)
+
+    # transformers asks these of the class that generates; the backbone knows the answers.
+    def _validate_model_kwargs(self, model_kwargs: dict) -> None:
+        self.backbone._validate_model_kwargs(model_kwargs)
+
+    def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]
+        return self.backbone._supports_default_dynamic_cache()
+
+    def _supports_logits_to_keep(self) -> bool:
+        return self.backbone._supports_logits_to_keep()
+
+    # ---- training
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Non-reentrant only: the recomputation re-enters the frame of its forward, which reentrant mode cannot."""
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise ValueError(
+                "reentrant gradient checkpointing recomputes outside the forward that made the routing; "
+                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        options["context_fn"] = self.context.checkpoint_contexts
+        enable = getattr(self.backbone, "activation_checkpointing_enable", None)
+        (enable or self.backbone.gradient_checkpointing_enable)(options)

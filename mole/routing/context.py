@@ -1,0 +1,114 @@
+"""The routing context: what the layers of one model share during one forward, as a stack of frames per thread.
+
+One object per model, held by reference in its mixture layers; no global. A model's forward pushes a frame and pops
+it; `generate` pushes an outer one for the whole call, from which inner frames inherit their inputs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from mole.routing.routing import Routing
+
+
+@dataclass(frozen=True)
+class RoutingInputs:
+    """What a router may ask for beside the hidden states.
+
+    `task_names`     one name per example.
+    `input_ids`      int64 [B, T].
+    `attention_mask` [B, T], 1 at valid tokens.
+    `prompt_mask`    bool [B, T], true at valid tokens of the prompt.
+    `hidden_states`  [B, T, H], last hidden state of the routing pass.
+    """
+
+    task_names: tuple[str, ...] | None = None
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    prompt_mask: Tensor | None = None
+    hidden_states: Tensor | None = None
+
+    def over(self, outer: RoutingInputs | None) -> RoutingInputs:
+        """These inputs, and the outer frame's where this one has none."""
+        if outer is None:
+            return self
+        missing = {f.name: getattr(outer, f.name) for f in fields(self) if getattr(self, f.name) is None}
+        return replace(self, **missing)
+
+
+@dataclass
+class Frame:
+    """One forward: its inputs, the routings that layers spend, and what is recorded.
+
+    `fixed`    a routing that stands in for every router (see `MultiExpertModel.fixed_routing`).
+    `routings` site → routing, made by a router of model scope before the layers run.
+    `seen`     site → routing as spent, filled by the layers if `recording`.
+    """
+
+    inputs: RoutingInputs = field(default_factory=RoutingInputs)
+    experts_enabled: bool = True
+    fixed: Routing | None = None
+    routings: dict[str, Routing] = field(default_factory=dict)
+    recording: bool = False
+    seen: dict[str, Routing] = field(default_factory=dict)
+    generating: bool = False
+
+    def need(self, name: str, router: str) -> Any:
+        """The input `name`, or a ValueError that says which router misses it."""
+        value = getattr(self.inputs, name)
+        if value is None:
+            raise ValueError(
+                f"router={router} needs {name}, and this forward was given none: pass {name}=… to the model"
+            )
+        return value
+
+
+class RoutingContext:
+    """The stack of frames of one model. Copies and pickles as a context with an empty stack."""
+
+    def __init__(self):
+        self._local = threading.local()
+
+    @property
+    def _stack(self) -> list[Frame]:
+        if not hasattr(self._local, "frames"):
+            self._local.frames = []
+        return self._local.frames
+
+    @property
+    def current(self) -> Frame | None:
+        """The innermost frame of this thread, None outside a forward."""
+        stack = self._stack
+        return stack[-1] if stack else None
+
+    @contextmanager
+    def push(self, frame: Frame) -> Iterator[Frame]:
+        """Makes `frame` the current one for the body."""
+        self._stack.append(frame)
+        try:
+            yield frame
+        finally:
+            self._stack.pop()
+
+    def checkpoint_contexts(self):
+        """`context_fn` of torch's non-reentrant checkpointing: the recomputation sees the frame of its forward.
+
+        The recomputation records nothing: each routing was seen once already.
+        """
+        frame = self.current
+        if frame is None:
+            return nullcontext(), nullcontext()
+        return nullcontext(), self.push(replace(frame, recording=False))
+
+    def __deepcopy__(self, memo: dict) -> RoutingContext:
+        memo[id(self)] = fresh = RoutingContext()
+        return fresh
+
+    def __reduce__(self):
+        return (RoutingContext, ())

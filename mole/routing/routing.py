@@ -1,0 +1,90 @@
+"""Routing: which experts work on which token and how much, as plain data between routers and mixtures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+EMPTY = -1  # expert id of a slot that nobody fills; its weight is 0
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Weights of experts, shared (leading 1), per example or per token.
+
+    `weights`    float32 [1|B, 1|T, K].
+    `expert_ids` int64, broadcastable to `weights`; None: K is the number of experts, in the mixture's order.
+                 An id may repeat (repeats add up); -1 is an empty slot with weight 0.
+    `logits`     [1|B, 1|T, E] before top-k, with graph; for losses and statistics, never read by a mixture.
+    `predicted`  [1|B, 1|T, E] what the routing log keeps where that is not `dense()` (X-LoRA logs its scalings
+                 before top-k and before the global weight).
+    """
+
+    weights: Tensor
+    expert_ids: Tensor | None = None
+    logits: Tensor | None = None
+    predicted: Tensor | None = None
+
+    def __post_init__(self):
+        if self.weights.dim() != 3:
+            raise ValueError(f"routing weights must be [1|B, 1|T, K], got shape {tuple(self.weights.shape)}")
+        if self.expert_ids is not None and self.expert_ids.dim() != 3:
+            raise ValueError(f"expert_ids must have the rank of the weights, got {tuple(self.expert_ids.shape)}")
+
+    @property
+    def is_static(self) -> bool:
+        """The same weights for every token of every example."""
+        return self.weights.shape[0] == 1 and self.weights.shape[1] == 1
+
+    @property
+    def is_per_example(self) -> bool:
+        """One set of weights for all tokens of an example."""
+        return self.weights.shape[1] == 1
+
+    def dense(self, num_experts: int) -> Tensor:
+        """The weights over all experts, [1|B, 1|T, E]; repeated ids are added."""
+        if self.expert_ids is None:
+            return self.weights
+        ids = self.expert_ids.expand_as(self.weights)
+        filled = torch.where(ids >= 0, self.weights, torch.zeros_like(self.weights))
+        empty = self.weights.new_zeros(*self.weights.shape[:-1], num_experts)
+        return empty.scatter_add(-1, ids.clamp_min(0), filled)
+
+    def logged(self, num_experts: int) -> Tensor:
+        """What the routing log keeps, [1|B, 1|T, E]."""
+        return self.dense(num_experts) if self.predicted is None else self.predicted
+
+    def for_rows(self, batch_size: int) -> Routing:
+        """This routing for a batch of `batch_size` rows: beams and return sequences are copies of one example.
+
+        Raises ValueError if the batch is no multiple of the examples that the routing was made for.
+        """
+        rows = self.weights.shape[0]
+        if rows in (1, batch_size):
+            return self
+        if batch_size % rows:
+            raise ValueError(f"a routing for {rows} examples cannot serve a batch of {batch_size} rows")
+
+        def repeat(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or tensor.shape[0] == 1:
+                return tensor
+            return tensor.repeat_interleave(batch_size // rows, dim=0)
+
+        return replace(
+            self,
+            weights=self.weights.repeat_interleave(batch_size // rows, dim=0),
+            expert_ids=repeat(self.expert_ids),
+            logits=repeat(self.logits),
+            predicted=repeat(self.predicted),
+        )
+
+    def detach(self) -> Routing:
+        """The same routing without graph."""
+        return replace(
+            self,
+            weights=self.weights.detach(),
+            logits=None if self.logits is None else self.logits.detach(),
+            predicted=None if self.predicted is None else self.predicted.detach(),
+        )
