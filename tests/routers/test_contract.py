@@ -1,0 +1,114 @@
+"""What every registered router promises, without a line for any single one."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import mole.routers  # noqa: F401  fills the registry
+from mole.registry import ROUTERS
+from mole.routers import MixtureShape
+from mole.routing import Frame, Routing, RoutingInputs
+
+SHAPE = MixtureShape(("a", "b", "c"), (("one",), ("two", "three"), ("four",)), num_sites=4, hidden_size=8)
+DIM, BATCH, LENGTH = 8, 2, 5
+VARIANTS = [pytest.param(variant, id=variant.name) for variant in ROUTERS]
+
+
+def build(variant, seed=0):
+    torch.manual_seed(seed)
+    scope = variant.implementation.scope
+    options = {"input_dim": DIM} if scope == "layer" else {}
+    return variant.implementation(variant.config(), SHAPE, **options).eval()
+
+
+def route(router, x, inputs=None) -> list[Routing]:
+    """The routings of all sites for module inputs (or hidden states) `x` [B, T, 8]."""
+    given = inputs or RoutingInputs(task_names=("one", "four")[: x.shape[0]], hidden_states=x)
+    routed = router(x if router.scope == "layer" else None, Frame(inputs=given))
+    return list(routed) if isinstance(routed, tuple) else [routed]
+
+
+def hidden(seed=3):
+    return torch.randn(BATCH, LENGTH, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_are_finite_float32_and_broadcast(variant):
+    routings = route(build(variant), hidden())
+    assert len(routings) in (1, SHAPE.num_sites)
+    for routing in routings:
+        dense = routing.dense(SHAPE.num_experts)
+        assert routing.weights.dtype == torch.float32
+        assert dense.isfinite().all()
+        assert dense.expand(BATCH, LENGTH, SHAPE.num_experts).shape == (BATCH, LENGTH, SHAPE.num_experts)
+        if routing.expert_ids is not None:
+            assert int(routing.expert_ids.max()) < SHAPE.num_experts
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_reach_every_parameter(variant):
+    router = build(variant)
+    parameters = list(router.parameters())
+    if not parameters:
+        return
+    sum((r.dense(SHAPE.num_experts) ** 2).sum() for r in route(router, hidden())).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_eval_is_deterministic(variant):
+    router, x = build(variant), hidden()
+    for first, second in zip(route(router, x), route(router, x), strict=True):
+        assert torch.equal(first.weights, second.weights)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_missing_input_is_an_error_that_names_it(variant):
+    router = build(variant)
+    for need in router.needs:
+        with pytest.raises(ValueError, match=need):
+            route(router, hidden(), RoutingInputs())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_routing_depends_on_no_later_token_and_no_other_row(variant):
+    router, x = build(variant), hidden()
+    full = [r.dense(3).expand(BATCH, LENGTH, 3) for r in route(router, x)]
+    prefix = [r.dense(3).expand(BATCH, 3, 3) for r in route(router, x[:, :3])]
+    row = [r.dense(3).expand(1, LENGTH, 3) for r in route(router, x[:1])]
+    for whole, part, single in zip(full, prefix, row, strict=True):
+        torch.testing.assert_close(whole[:, :3], part, rtol=0, atol=1e-6)
+        torch.testing.assert_close(whole[:1], single, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_state_loads_into_a_fresh_router(variant):
+    router, other, x = build(variant, seed=0), build(variant, seed=1), hidden()
+    other.load_state_dict(router.state_dict())
+    for first, second in zip(route(router, x), route(other, x), strict=True):
+        assert torch.equal(first.weights, second.weights)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_copies_and_pickles_after_a_forward(variant):
+    router, x = build(variant), hidden()
+    before = route(router, x)
+    for twin in (copy.deepcopy(router), pickle.loads(pickle.dumps(router))):
+        for first, second in zip(before, route(twin, x), strict=True):
+            assert torch.equal(first.weights, second.weights)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fingerprint_changes_with_parameters_only(variant):
+    router = build(variant)
+    before = router.fingerprint()
+    route(router, hidden())
+    assert router.fingerprint() == before
+    for parameter in router.parameters():
+        parameter.data.add_(1.0)
+        with torch.no_grad():
+            parameter.add_(1.0)
+    if list(router.parameters()):
+        assert router.fingerprint() != before
