@@ -53,11 +53,12 @@ class MixtureLayer(nn.Module):
     def _routing(self, rows: Tensor, frame: Frame) -> Routing:
         if frame.fixed is not None:
             return frame.fixed
-        if self.router is not None:
-            routing = self.router(rows, frame)
-            assert isinstance(routing, Routing)
-            return routing
-        return frame.routings[self.site]
+        if self.site in frame.routings:
+            return frame.routings[self.site]
+        assert self.router is not None, f"no routing was made for {self.site}"
+        routing = self.router(rows, frame)
+        assert isinstance(routing, Routing), "a router of scope layer gives one routing"
+        return routing
 
 
 def _fit(routing: Routing, rows: Tensor, dims: int, site: str) -> Routing:

@@ -205,6 +205,7 @@ class MultiExpertModel(nn.Module, GenerationMixin):
             inputs=inputs.over(outer.inputs),
             experts_enabled=outer.experts_enabled,
             fixed=outer.fixed,
+            router=outer.router,
             recording=bool(self.listeners) and outer.experts_enabled,
             generating=outer.generating,
         )
@@ -214,32 +215,34 @@ class MultiExpertModel(nn.Module, GenerationMixin):
 
         Puts the mixture's stream into `inputs`; returns the pair that the caller gets back.
         """
-        if self.router is None or not frame.experts_enabled or frame.fixed is not None:
+        router = self.router if frame.router is None else frame.router
+        if router is None or not frame.experts_enabled or frame.fixed is not None:
             if isinstance(inputs.get("past_key_values"), TwoStreamCache):
                 raise ValueError("this cache was filled under a routing pass: it cannot go on without one")
             return None
         pair = None
-        if "hidden_states" in self.router.needs:
+        if "hidden_states" in router.needs:
             pair = self._streams.pair(
                 inputs.get("past_key_values"),
                 use_cache=inputs["use_cache"],
                 config=self.config,
-                fingerprint=self.router.fingerprint(),
+                fingerprint=router.fingerprint(),
             )
-            hidden = self._routing_pass(inputs, pair)
+            hidden = self._routing_pass(router, inputs, pair)
             frame.inputs = replace(frame.inputs, hidden_states=hidden)
             if pair is not None:
                 inputs["past_key_values"] = pair.mixture
-        routed = self.router(None, frame)
+        elif isinstance(inputs.get("past_key_values"), TwoStreamCache):
+            raise ValueError("this cache was filled under a routing pass: it cannot go on without one")
+        routed = router(None, frame)
         routings = routed if isinstance(routed, tuple) else (routed,) * self.shape.num_sites
         rows = (inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]).shape[0]
         fitted = {id(routing): routing.for_rows(rows) for routing in routings}
         frame.routings = {site: fitted[id(routing)] for site, routing in zip(self.sites, routings, strict=True)}
         return pair
 
-    def _routing_pass(self, inputs: dict[str, Any], pair: TwoStreamCache | None) -> Tensor:
-        assert self.router is not None
-        constant = self.router.routing_pass_weights()
+    def _routing_pass(self, router: Router, inputs: dict[str, Any], pair: TwoStreamCache | None) -> Tensor:
+        constant = router.routing_pass_weights()
         with self.context.push(Frame(experts_enabled=constant is not None, fixed=constant)):
             return last_hidden_state(self.backbone, inputs, pair.scaling if pair else None)
 
@@ -283,6 +286,12 @@ class MultiExpertModel(nn.Module, GenerationMixin):
             row = [float(weights.get(name, 0.0)) for name in self.expert_names]
             weights = Routing(torch.tensor(row, device=self.device).view(1, 1, -1))
         with self.context.push(replace(self.context.current or Frame(), fixed=weights)):
+            yield
+
+    @contextmanager
+    def routed_by(self, router: Router) -> Iterator[None]:
+        """Another router of scope `model` in the place of the model's own inside the body."""
+        with self.context.push(replace(self.context.current or Frame(), router=router.to(self.device))):
             yield
 
     # ---- generation

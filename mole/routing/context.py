@@ -47,6 +47,7 @@ class Frame:
     """One forward: its inputs, the routings that layers spend, and what is recorded.
 
     `fixed`    a routing that stands in for every router (see `MultiExpertModel.fixed_routing`).
+    `router`   a router of model scope that stands in for the model's own (see `MultiExpertModel.routed_by`).
     `routings` site → routing, made by a router of model scope before the layers run.
     `seen`     site → routing as spent, filled by the layers if `recording`.
     """
@@ -54,6 +55,7 @@ class Frame:
     inputs: RoutingInputs = field(default_factory=RoutingInputs)
     experts_enabled: bool = True
     fixed: Routing | None = None
+    router: Any = None
     routings: dict[str, Routing] = field(default_factory=dict)
     recording: bool = False
     seen: dict[str, Routing] = field(default_factory=dict)

@@ -123,7 +123,9 @@ def test_xlora_classifier_has_the_layers_of_its_depth(options, count):
 
 def test_xlora_scalings_are_the_softmax_of_the_prediction_over_the_temperature():
     router, h = xlora(temperature=0.3, layerwise=True), hidden()
-    predicted = (h.double() @ router.classifier[0].weight.double().T + router.classifier[0].bias.double()).view(2, 5, 2, 3)
+    predicted = (h.double() @ router.classifier[0].weight.double().T + router.classifier[0].bias.double()).view(
+        2, 5, 2, 3
+    )
     want = torch.softmax(predicted / 0.3, -1).float()
     torch.testing.assert_close(router.scalings(h), want, rtol=1e-5, atol=1e-6)  # column l·E + e: layer-major
     routings = router(None, Frame(inputs=RoutingInputs(hidden_states=h)))
