@@ -68,7 +68,7 @@ class MultiExpertModel(nn.Module, GenerationMixin):
         self.backbone = backbone
         self.context = RoutingContext()
         self.listeners: list[Listener] = []
-        self.kinds = {name: (adapter.method, adapter.dropout) for name, adapter in experts.items()}
+        self._outlines = {name: replace(adapter, modules={}) for name, adapter in experts.items()}
         self.layers = wrap(backbone, experts, self.context, kernel)  # a plain dict: the backbone owns the modules
         self.shape = MixtureShape(
             expert_names=tuple(experts),
@@ -133,10 +133,9 @@ class MultiExpertModel(nn.Module, GenerationMixin):
         """The experts as they are now, name → adapter; tensors are views of the model's."""
         found = {}
         for index, name in enumerate(self.expert_names):
-            method, dropout = self.kinds[name]
             modules = {site: layer.bank.weights(index) for site, layer in self.layers.items()}
             present = {site: weights for site, weights in modules.items() if weights is not None}
-            found[name] = Adapter(method=method, modules=present, dropout=dropout)
+            found[name] = replace(self._outlines[name], modules=present)
         return found
 
     def set_trainable(self, train: str) -> None:

@@ -35,12 +35,14 @@ class Router(nn.Module):
 
     `scope` layer: one instance per mixed module, called with that module's input x.
             model: one instance for the model, called once per forward before the layers run.
+    `learned` whether it has parameters, which a run must train before it means anything.
     `needs` names of `RoutingInputs` that the caller must give; `hidden_states` asks for a routing pass.
 
     A router of scope `layer` is built with `input_dim`, the width of its module's input.
     """
 
     scope: ClassVar[Scope] = "model"
+    learned: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Any, shape: MixtureShape, *, input_dim: int | None = None):

@@ -43,6 +43,7 @@ class TopKRouter(Router):
     """Learned token routing, one instance per mixed module. Raises ValueError if top_k exceeds the experts."""
 
     scope = "layer"
+    learned = True
 
     def __init__(self, config: TopKConfig, shape: MixtureShape, *, input_dim: int | None = None):
         super().__init__(config, shape, input_dim=input_dim)

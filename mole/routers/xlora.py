@@ -74,6 +74,7 @@ class XLoraRouter(Router):
     """
 
     needs = frozenset({"hidden_states"})
+    learned = True
 
     def __init__(self, config: XLoraConfig, shape: MixtureShape, *, input_dim: int | None = None):
         super().__init__(config, shape, input_dim=input_dim)
