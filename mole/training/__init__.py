@@ -1,0 +1,24 @@
+"""Training: one loop on Accelerate for a model with logits and batches with labels."""
+
+from mole.training import optimizers, schedules, trackers
+from mole.training.batches import TrainingData
+from mole.training.checkpoints import CheckpointError
+from mole.training.devices import make_accelerator, peak_memory
+from mole.training.fit import FitResult, fit
+from mole.training.settings import Recipe, TrainingConfig
+from mole.training.step import TrainingFailed
+
+__all__ = [
+    "CheckpointError",
+    "FitResult",
+    "Recipe",
+    "TrainingConfig",
+    "TrainingData",
+    "TrainingFailed",
+    "fit",
+    "make_accelerator",
+    "optimizers",
+    "peak_memory",
+    "schedules",
+    "trackers",
+]

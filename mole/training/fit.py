@@ -1,0 +1,126 @@
+"""The one training loop: every command that trains calls `fit`."""
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from mole.run_folder import RunFolder
+from mole.training.batches import SampleStream, TrainingData, plan_layout, total_steps
+from mole.training.devices import peak_memory
+from mole.training.learner import build_learner, gradient_checkpointing
+from mole.training.metrics import MetricsFile
+from mole.training.progress import TrainingProgress
+from mole.training.random_streams import seed_streams, streams_kept
+from mole.training.saving import Saver
+from mole.training.session import Session
+from mole.training.settings import TrainingSettings
+from mole.training.signals import StopRequest
+from mole.training.trackers import tracking
+
+log = logging.getLogger(__name__)
+Evaluate = Callable[[int], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What training came to. The model holds the weights of the best step if there was one to choose, else the last.
+
+    `metrics` are those of the weights kept; `tokens` are the real ones seen, `supervised_tokens` those the loss
+    counted; `seconds` spans all starts of the run, `tokens_per_second` the steps alone; `peak_memory` is in bytes.
+    """
+
+    steps: int
+    best_step: int | None
+    best_score: float | None
+    metrics: dict[str, float] = field(default_factory=dict)
+    loss: float | None = None
+    tokens: int = 0
+    supervised_tokens: int = 0
+    skipped_steps: int = 0
+    stopped_early: bool = False
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    peak_memory: int = 0
+    checkpoint: Path | None = None
+
+
+def fit(
+    model: nn.Module,
+    data: TrainingData,
+    config: TrainingSettings,
+    run: RunFolder,
+    *,
+    accelerator: Accelerator,
+    seed: int,
+    evaluate: Evaluate | None = None,
+    resume: bool = False,
+) -> FitResult:
+    """Trains what `model` leaves trainable and leaves it with the best weights, in eval mode.
+
+    `model(**batch)` returns an object with `logits` [B, T, V] (and `auxiliary_loss`, a mean over tokens, if it has
+    one); `config` is a command's config, of which the groups training, optimizer, schedule and tracker are read.
+    `evaluate(step)` gives metrics by name; it is called on every process, in eval mode, before step 1, as often as
+    `training.evaluate_every` says, and at the end. With `resume`, goes on from the newest whole checkpoint of `run`.
+
+    Raises ValueError for settings that do not fit, before the first step; TrainingFailed where training cannot go
+    on; RunStopped after SIGINT or SIGTERM, the step finished and a checkpoint written; CheckpointError if the end
+    state could not be written.
+    """
+    settings, main = config.training, accelerator.is_main_process
+    layout = plan_layout(settings, accelerator.num_processes)
+    stream = SampleStream(data, layout)
+    total = total_steps(settings, len(data.train))
+    learner = build_learner(model, config, accelerator, total)
+    with ExitStack() as stack:
+        stack.callback(accelerator.free_memory)
+        stack.callback(model.eval)
+        stack.enter_context(streams_kept())
+        stack.enter_context(gradient_checkpointing(model, settings.gradient_checkpointing))
+        stop = stack.enter_context(StopRequest())
+        track = stack.enter_context(tracking(config.tracker, run.path, main))
+        progress = stack.enter_context(TrainingProgress(total, main))
+        session = Session(
+            learner=learner,
+            stream=stream,
+            settings=settings,
+            evaluate=evaluate,
+            metrics=MetricsFile(run.metrics, main),
+            saver=Saver(run, learner, settings.keep_checkpoints),
+            track=track,
+            progress=progress,
+            total=total,
+        )
+        seed_streams(seed, accelerator.process_index)
+        if not (resume and session.restore()):
+            session.begin()
+        if main:
+            run.update(status="running")
+        session.train(stop)
+        session.finish(stop)
+        return _result(session)
+
+
+def _result(session: Session) -> FitResult:
+    counters, selection = session.counters, session.selection
+    chosen: Any = selection.best_step is not None
+    return FitResult(
+        steps=counters.step,
+        best_step=selection.best_step,
+        best_score=selection.best_score,
+        metrics=dict(selection.best_metrics if chosen else session.last_metrics),
+        loss=counters.loss,
+        tokens=counters.tokens,
+        supervised_tokens=counters.supervised_tokens,
+        skipped_steps=counters.skipped_steps,
+        stopped_early=counters.step < session.total,
+        seconds=counters.seconds,
+        tokens_per_second=counters.tokens_per_second,
+        peak_memory=peak_memory(session.learner.accelerator.device),
+        checkpoint=session.saver.last_good,
+    )

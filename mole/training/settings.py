@@ -1,0 +1,84 @@
+"""What a user can set about training, and what `fit` reads of a command's config."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field
+
+from mole.registry import config_dataclass
+from mole.training.optimizers import AdamWConfig
+from mole.training.schedules import LinearConfig
+from mole.training.trackers import NoneConfig
+
+Count = Annotated[int, Field(ge=1)]
+
+
+@config_dataclass
+class TrainingConfig:
+    """How long, how much at once, how fast, and what is looked at on the way."""
+
+    name: Literal["default"] = "default"
+    max_steps: Count | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = 3.0
+    batch_size: Count = 16
+    micro_batch_size: Count | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_checkpointing: bool = False
+    log_every: Count = 1
+    evaluate_every: Count | None = 100
+    checkpoint_every: Count | None = 100
+    keep_checkpoints: Count = 2
+    best_metric: str | None = "validation_loss"
+    best_direction: Literal["min", "max"] = "min"
+    early_stopping_patience: Count | None = None
+    early_stopping_gain: Annotated[float, Field(ge=0)] = 0.0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_steps is None and self.epochs is None:
+            problems.append("training.max_steps and training.epochs are both null: set one of them")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            problems.append(
+                f"training.batch_size={self.batch_size} is not a multiple of "
+                f"training.micro_batch_size={self.micro_batch_size}: "
+                f"set batch_size={' or '.join(map(str, neighbours(self.batch_size, self.micro_batch_size)))}"
+            )
+        if self.early_stopping_patience is not None and self.best_metric is None:
+            problems.append("training.early_stopping_patience needs training.best_metric: name a metric")
+        if self.early_stopping_patience is not None and self.evaluate_every is None:
+            problems.append("training.early_stopping_patience needs training.evaluate_every: set a number of steps")
+        if self.early_stopping_gain and self.early_stopping_patience is None:
+            problems.append("training.early_stopping_gain acts only with training.early_stopping_patience: set both")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+def neighbours(number: int, divisor: int) -> list[int]:
+    """The multiples of `divisor` next to `number`, at most two, none below `divisor`."""
+    below = number // divisor * divisor
+    return [multiple for multiple in (below, below + divisor) if multiple]
+
+
+class TrainingSettings(Protocol):
+    """What `fit` reads of a command's config: the fields of these four groups."""
+
+    @property
+    def training(self) -> TrainingConfig: ...
+    @property
+    def optimizer(self) -> Any: ...
+    @property
+    def schedule(self) -> Any: ...
+    @property
+    def tracker(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The four groups by themselves, for callers of `fit` that are no command."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: Any = field(default_factory=AdamWConfig)
+    schedule: Any = field(default_factory=LinearConfig)
+    tracker: Any = field(default_factory=NoneConfig)

@@ -1,0 +1,135 @@
+"""One optimizer step: the loss of all its micro-batches on all processes, weighted by tokens, as if it were one batch."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mole.training.batches import to_device
+from mole.training.learner import Learner
+from mole.training.loss import supervised_tokens, valid_tokens
+
+Batches = list[dict[str, Any]]
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on: the loss is not finite, or nothing learns."""
+
+
+@dataclass(frozen=True)
+class Census:
+    """What all processes together bring to a step: tokens that count, tokens at all, and the signal that asks to stop."""
+
+    supervised: int
+    valid: int
+    signal_number: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did. `loss`: per supervised token; `auxiliary_loss`: per token; `skipped`: fp16 overflowed."""
+
+    loss: float
+    auxiliary_loss: float | None
+    gradient_norm: float
+    learning_rate: float
+    skipped: bool
+
+
+def take_census(learner: Learner, batches: Batches, signal_number: int) -> Census:
+    """Counts a step before it is done; every process gets the same answer."""
+    supervised = sum(supervised_tokens(batch["labels"]) for batch in batches)
+    valid = sum(valid_tokens(batch) for batch in batches)
+    accelerator = learner.accelerator
+    if accelerator.num_processes > 1:
+        mine = torch.tensor([[supervised, valid, signal_number]], device=accelerator.device)
+        all_of_them = accelerator.gather(mine)
+        assert isinstance(all_of_them, Tensor)
+        supervised, valid = (int(n) for n in all_of_them[:, :2].sum(0))
+        signal_number = int(all_of_them[:, 2].max())
+    return Census(supervised, valid, signal_number)
+
+
+def take_step(learner: Learner, batches: Batches, census: Census, clip_norm: float | None, first: bool) -> StepReport:
+    """Forward, backward, clip, update. Raises TrainingFailed where the loss is not finite or nothing gets a gradient.
+
+    loss = Σ token losses / Σ supervised tokens, both sums over micro-batches and processes; a model's auxiliary loss
+    is averaged over tokens likewise.
+    """
+    if not census.supervised:
+        raise TrainingFailed("no token of this step is supervised: all its labels are -100")
+    accelerator, optimizer = learner.accelerator, learner.optimizer
+    optimizer.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    auxiliary_total: Tensor | None = None
+    for turn, batch in enumerate(batches):
+        if turn + 1 < len(batches):
+            with accelerator.no_sync(learner.objective):
+                loss, auxiliary = _one_batch(learner, batch, census)
+        else:
+            loss, auxiliary = _one_batch(learner, batch, census)
+        total += loss
+        if auxiliary is not None:
+            auxiliary_total = auxiliary if auxiliary_total is None else auxiliary_total + auxiliary
+    mean = _summed(learner, total)
+    if not math.isfinite(mean):
+        raise TrainingFailed(
+            f"the loss is {mean}: lower training.learning_rate, set training.clip_norm, or use "
+            f"training.precision=fp32; the weights before this step are kept"
+        )
+    rate = learner.learning_rate
+    norm = accelerator.clip_grad_norm_(learner.parameters.values(), math.inf if clip_norm is None else clip_norm)
+    if first and accelerator.scaler is None:
+        check_gradients(learner)
+    optimizer.step()
+    if not optimizer.step_was_skipped:
+        learner.schedule.step()
+    return StepReport(
+        loss=mean,
+        auxiliary_loss=None if auxiliary_total is None else _summed(learner, auxiliary_total),
+        gradient_norm=float(norm),  # type: ignore[arg-type]
+        learning_rate=rate,
+        skipped=optimizer.step_was_skipped,
+    )
+
+
+def _one_batch(learner: Learner, batch: dict[str, Any], census: Census) -> tuple[Tensor, Tensor | None]:
+    """Forward and backward of one micro-batch; its share of the step's loss and auxiliary loss, on the CPU."""
+    accelerator = learner.accelerator
+    token_losses, auxiliary = learner.objective(to_device(batch, accelerator.device))
+    share = token_losses / census.supervised
+    loss, weighted = share, None
+    if auxiliary is not None:
+        weighted = auxiliary * (valid_tokens(batch) / census.valid)
+        loss = loss + weighted
+    # several processes: their gradients get averaged, and the step wants their sum
+    accelerator.backward(loss * accelerator.num_processes)
+    return _noted(share), None if weighted is None else _noted(weighted)
+
+
+def _noted(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", torch.float64)
+
+
+def _summed(learner: Learner, value: Tensor) -> float:
+    """The sum over all processes."""
+    accelerator = learner.accelerator
+    if accelerator.num_processes > 1:
+        dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        return float(accelerator.reduce(value.to(accelerator.device, dtype), "sum"))  # type: ignore[arg-type]
+    return float(value)
+
+
+def check_gradients(learner: Learner) -> None:
+    """After the first backward pass: something learns, and only what should. Raises TrainingFailed."""
+    silent = [name for name, p in learner.parameters.items() if p.grad is None or not bool(p.grad.any())]
+    if len(silent) == len(learner.parameters):
+        raise TrainingFailed(
+            f"no trainable parameter gets a gradient (the first: {silent[0]}): the loss does not depend on them; "
+            f"check what is trainable and where the adapters sit"
+        )
+    frozen = [n for n, p in learner.model.named_parameters() if p.grad is not None and n not in learner.parameters]
+    if frozen:
+        raise TrainingFailed(f"{frozen[0]} is frozen but has a gradient: another training step left it there")
