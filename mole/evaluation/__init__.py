@@ -1,0 +1,7 @@
+"""How good a model is: loss on supervised tokens, exact match of what it generates, and the table that compares."""
+
+from mole.evaluation.exact_match import completions, exact_match
+from mole.evaluation.loss import TaskLoss, mean_loss, total
+from mole.evaluation.table import HIGHER_IS_BETTER, Table
+
+__all__ = ["HIGHER_IS_BETTER", "Table", "TaskLoss", "completions", "exact_match", "mean_loss", "total"]
