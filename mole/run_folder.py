@@ -1,4 +1,4 @@
-"""outputs/<command>/<run>/: every file name that a run leaves, in one place, and how files get there whole or not at all."""
+"""outputs/<command>/<run>/: every file name that a run leaves, and how files get there whole or not at all."""
 
 import json
 import os
@@ -66,9 +66,9 @@ class RunFolder:
                 "or choose another run.folder"
             )
         missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        self._made = missing
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._made = missing
             probe = self.path / f".writable-{uuid.uuid4().hex}"
             probe.touch()
             probe.unlink()
@@ -81,11 +81,8 @@ class RunFolder:
 
     def remove(self) -> None:
         """Takes away the folder's content, the folder and the parents that `create` made, as far as they are empty."""
-        if not self._made or self.path in self._made:
-            shutil.rmtree(self.path, ignore_errors=True)
-        else:
-            for entry in self.path.iterdir() if self.path.is_dir() else ():
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        for entry in self.path.iterdir() if self.path.is_dir() else ():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         for folder in self._made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()

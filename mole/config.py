@@ -1,0 +1,220 @@
+"""From a composed configuration to a command's frozen dataclass, with one line for everything that is wrong in it.
+
+Composing itself (conf/, the user's folders, overrides) is `mole.engine`'s. Here are the nodes that all commands share,
+the check against the closed schema, and the seeds of a run's random streams.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from mole import secrets
+from mole.registry import DATASETS, config_dataclass, nearest
+
+_SHOWN = 80  # characters of a wrong value that an error shows
+
+
+@config_dataclass
+class RunConfig:
+    """Where a run lands and how it goes on."""
+
+    folder: str = Field(min_length=1)
+    resume: Literal["never", "auto"] = "never"
+    deterministic: bool = False
+
+
+@config_dataclass
+class LauncherConfig:
+    """How many processes on this machine share one run; None: one for each GPU that is seen, one without a GPU."""
+
+    name: Literal["auto"] = "auto"
+    num_processes: int | None = Field(default=None, ge=1, le=1024)
+
+
+class ConfigProblems(ValueError):
+    """Everything that is wrong with one configuration; `lines` holds one line for each problem."""
+
+    def __init__(self, lines: list[str]):
+        super().__init__("\n".join(lines))
+        self.lines = list(lines)
+
+    def __reduce__(self):
+        return type(self), (self.lines,)
+
+
+def seed_for(stream: str, seed: int, rank: int = 0) -> int:
+    """The seed, from 0 to 2**63 - 1, of one named random stream ("init", "data", "dropout" …) on one rank of a run.
+
+    It depends on its three arguments alone, so that a new stream leaves all others as they were.
+    """
+    digest = hashlib.sha256(f"mole\n{stream}\n{seed}\n{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def chosen_datasets(config: Any) -> dict[str, Any]:
+    """The datasets of a command with the fields `dataset` (one or None) and `datasets` (by name), by name.
+
+    Raises ValueError unless exactly one of the two is given.
+    """
+    if config.dataset is None and not config.datasets:
+        raise ValueError(_not_chosen("dataset", DATASETS.names()))
+    if config.dataset is not None and config.datasets:
+        raise ValueError(
+            "dataset and datasets are both given; choose one with dataset=<name> or several with dataset=[<name>,<name>]"
+        )
+    if config.dataset is None:
+        return dict(config.datasets)
+    return {getattr(config.dataset, "task", None) or config.dataset.name: config.dataset}
+
+
+def validate(
+    schema: type,
+    node: Mapping[str, Any],
+    options: Mapping[str, list[str]] | None = None,
+    where: Callable[[str], str] = lambda key: "",
+) -> Any:
+    """A composed configuration as plain data → the frozen dataclass `schema`.
+
+    `options` maps each group of the command to its options, for the messages; `where` maps a dotted key to what stands
+    behind its problem (the file and line it came from). Raises ConfigProblems with everything that is wrong.
+    """
+    lines = list(secrets.problems(node))
+    try:
+        config = TypeAdapter(schema).validate_json(json.dumps(node))
+    except ValidationError as error:
+        lines += _Reader(node, options or {}, where).lines(error, schema)
+    except TypeError as error:
+        raise ConfigProblems([f"the configuration is not plain data: {error}"]) from None
+    else:
+        if not lines:
+            return config
+    raise ConfigProblems(list(dict.fromkeys(lines)))
+
+
+def dump(config: Any) -> dict[str, Any]:
+    """A validated configuration as plain data: what `validate` takes."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+class _Reader:
+    """Puts pydantic's list of errors into words, one line for each problem."""
+
+    def __init__(self, node: Mapping[str, Any], options: Mapping[str, list[str]], where: Callable[[str], str]):
+        self.node, self.options, self.where = node, options, where
+
+    def lines(self, error: ValidationError, schema: type) -> list[str]:
+        errors = error.errors(include_url=False)
+        paths = [self._path(e) for e in errors]
+        surplus = {p for p, e in zip(paths, errors, strict=True) if e["type"] == "unexpected_keyword_argument"}
+        found: dict[str, list[Any]] = {}
+        for path, one in zip(paths, errors, strict=True):
+            found.setdefault(".".join(path), []).append((path, one))
+        lines = []
+        for same in found.values():  # a value that fits no member of a union has an error for each of them
+            lines += self._problem(same[0][0], [one for _, one in same], surplus)
+        return lines + self._open_choices(schema)
+
+    def _path(self, error: Any) -> tuple[str, ...]:
+        """The dotted key of an error: pydantic's location less the names of union members."""
+        path, here = [], self.node
+        for position, part in enumerate(error["loc"]):
+            if isinstance(here, Mapping) and part in here:
+                here = here[part]
+            elif isinstance(here, list) and isinstance(part, int):
+                here = here[part] if part < len(here) else None
+            elif not (position == len(error["loc"]) - 1 and error["type"].startswith("missing")):
+                continue
+            path.append(str(part))
+        return tuple(path)
+
+    def _problem(self, path: tuple[str, ...], errors: list[Any], surplus: set[tuple[str, ...]]) -> list[str]:
+        key, kind = ".".join(path), errors[0]["type"]
+        if kind == "value_error":
+            text = str(errors[0]["ctx"]["error"]) if "error" in errors[0].get("ctx", {}) else errors[0]["msg"]
+            return [line for line in text.splitlines() if line.strip()]
+        if kind.startswith("missing"):
+            choices = self.options.get(key)
+            return [_not_chosen(key, choices) if choices else f"{key}: required{self._hint(path)}"]
+        behind = self.where(key)
+        behind = f"   {behind}" if behind else ""
+        if kind == "unexpected_keyword_argument":
+            return [self._unknown(path, surplus) + behind]
+        if kind.startswith("union_tag"):
+            return [self._variant(path) + behind]
+        wanted = " or ".join(dict.fromkeys(_wanted(e) for e in errors))
+        return [f"{key or 'config'}: must be {wanted}, got {_shown(errors[0]['input'])}{behind}"]
+
+    def _unknown(self, path: tuple[str, ...], surplus: set[tuple[str, ...]]) -> str:
+        here: Any = self.node
+        for part in path[:-1]:
+            here = here[int(part)] if isinstance(here, list) else here[part]
+        known = [k for k in here if (*path[:-1], k) not in surplus]
+        near = nearest(path[-1], known, 1)
+        hint = f"; did you mean {'.'.join([*path[:-1], near[0]])}?" if near else ""
+        return f"{'.'.join(path)}: unknown key{hint} (known: {', '.join(known)})"
+
+    def _variant(self, path: tuple[str, ...]) -> str:
+        """A group's node that names no variant, or one that is not registered."""
+        here: Any = self.node
+        for part in path:
+            here = here[int(part)] if isinstance(here, list) else here[part]
+        key, known = ".".join(path), self.options.get(path[0], []) if path else []
+        name = here.get("name") if isinstance(here, Mapping) else here
+        if name is None or not isinstance(here, Mapping):
+            return f"{key}: must be one of the options of its group, got {_shown(here)}; choose with {key}=<option>"
+        near = nearest(str(name), known, 1)
+        hint = f"; did you mean {key}={near[0]}?" if near else ""
+        return f"{key}.name: unknown {name!r}{hint}" + (f" (known: {', '.join(known)})" if known else "")
+
+    def _hint(self, path: tuple[str, ...]) -> str:
+        return f"; give it with {'.'.join(path)}=…"
+
+    def _open_choices(self, schema: type) -> list[str]:
+        """A command that takes `dataset` or `datasets` has neither: said here, as the schema's rule may not be reached."""
+        fields = getattr(schema, "__dataclass_fields__", {})
+        return [
+            _not_chosen(group, options)
+            for group, options in self.options.items()
+            if group in fields and f"{group}s" in fields and not self.node.get(group) and not self.node.get(f"{group}s")
+        ]
+
+
+_WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping of names to values",
+    "dataclass_type": "a mapping of names to values",
+    "none_required": "null",
+    "finite_number": "a finite number",
+}
+
+
+def _wanted(error: Any) -> str:
+    """What a value should have been, in plain words."""
+    if error["type"] in _WANTED:
+        return _WANTED[error["type"]]
+    context = error.get("ctx", {})
+    if error["type"] == "literal_error":
+        return str(context["expected"]).replace("'", "")
+    if error["type"] == "string_pattern_mismatch":
+        return f"text of the form {context['pattern']}"
+    text = re.sub(r"^(Value error, |Input should |String should |Value should )", "", error["msg"])
+    return re.sub(r"^be ", "", text) if text != error["msg"] else f"as it says: {text}"
+
+
+def _not_chosen(group: str, options: list[str]) -> str:
+    return f"{group}: not chosen; choose one: {', '.join(f'{group}={o}' for o in options)}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
