@@ -1,0 +1,73 @@
+"""What an adapter is: its weights apart from any model (`Adapter`), and its layer on a model (`AdapterLayer`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class AdapterWeights(Protocol):
+    """What an adapter adds at one module of the backbone, as tensors."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their short names."""
+        ...
+
+    def layer(self, base: nn.Module, dropout: float) -> AdapterLayer:
+        """A layer on `base` with a float32 copy of these weights. Raises ValueError if the shapes do not fit."""
+        ...
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter apart from any model.
+
+    `method` is the registry's name. `modules` holds path of a module in the backbone → weights. `dropout` is what it
+    was trained with. `targets` are the names that the modules were found by (ends of paths), if they find these and
+    no others in the backbone; empty where that is not known. `fan_in_fan_out` tells PEFT that the wrapped modules
+    keep their matrix transposed (GPT-2's Conv1D).
+    """
+
+    method: str
+    modules: dict[str, Any] = field(repr=False)
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    fan_in_fan_out: bool = False
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, as `<module>.<short name>`."""
+        return {f"{path}.{name}": t for path, part in self.modules.items() for name, t in part.tensors().items()}
+
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return sum(tensor.numel() for tensor in self.tensors().values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype among its tensors."""
+        dtypes = {tensor.dtype for tensor in self.tensors().values()}
+        return max(dtypes, key=lambda dtype: (dtype.itemsize, str(dtype)))
+
+
+class AdapterLayer(nn.Module):
+    """Wraps a module of the backbone, neither copied nor changed; unknown attributes are the wrapped module's."""
+
+    method: str
+    dropout: nn.Dropout
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def weights(self) -> Any:
+        """The adapter's weights now, copied to the CPU."""
+        raise NotImplementedError
