@@ -1,18 +1,20 @@
 """From a composed configuration to a command's frozen dataclass, with one line for everything that is wrong in it.
 
-Composing itself (conf/, the user's folders, overrides) is `mole.engine`'s. Here are the nodes that all commands share,
-the check against the closed schema, and the seeds of a run's random streams.
+Composing itself (conf/, the user's folders, overrides) is done by `mole.engine`. Here are the nodes that all commands
+share, the check against the closed schema, and the seeds of a run's random streams.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from mole import secrets
+from mole.command import Command
 from mole.registry import DATASETS, config_dataclass, nearest
 
 _SHOWN = 80  # characters of a wrong value that an error shows
@@ -64,24 +66,40 @@ def chosen_datasets(config: Any) -> dict[str, Any]:
         raise ValueError(_not_chosen("dataset", DATASETS.names()))
     if config.dataset is not None and config.datasets:
         raise ValueError(
-            "dataset and datasets are both given; choose one with dataset=<name> or several with dataset=[<name>,<name>]"
+            "dataset and datasets are both given; choose one with dataset=<name>, or several with dataset=[<a>,<b>]"
         )
     if config.dataset is None:
         return dict(config.datasets)
     return {getattr(config.dataset, "task", None) or config.dataset.name: config.dataset}
 
 
+def conf_dir() -> Path:
+    """The packaged `conf/`, as an absolute path. Raises FileNotFoundError."""
+    from mole import engine  # Hydra: not needed by those who only check or derive seeds
+
+    return engine.conf_dir()
+
+
+def compose(command: str, overrides: Sequence[str] = (), config_dirs: Sequence[str | Path] = ()) -> dict[str, Any]:
+    """The configuration of a command ("train-expert") as plain, resolved data. Raises ValueError, Hydra's errors."""
+    from mole import engine
+
+    return engine.compose(Command(command).config_name, overrides, config_dirs)
+
+
 def validate(
-    schema: type,
+    schema: type | str,
     node: Mapping[str, Any],
     options: Mapping[str, list[str]] | None = None,
     where: Callable[[str], str] = lambda key: "",
 ) -> Any:
-    """A composed configuration as plain data → the frozen dataclass `schema`.
+    """A composed configuration as plain data → the frozen dataclass `schema`, or that of the command of this name.
 
     `options` maps each group of the command to its options, for the messages; `where` maps a dotted key to what stands
     behind its problem (the file and line it came from). Raises ConfigProblems with everything that is wrong.
     """
+    if isinstance(schema, str):
+        schema, _ = Command(schema).load()
     lines = list(secrets.problems(node))
     try:
         config = TypeAdapter(schema).validate_json(json.dumps(node))
@@ -174,7 +192,7 @@ class _Reader:
         return f"; give it with {'.'.join(path)}=…"
 
     def _open_choices(self, schema: type) -> list[str]:
-        """A command that takes `dataset` or `datasets` has neither: said here, as the schema's rule may not be reached."""
+        """A command that takes `dataset` or `datasets` has neither: the schema's own rule may not have been reached."""
         fields = getattr(schema, "__dataclass_fields__", {})
         return [
             _not_chosen(group, options)

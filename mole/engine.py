@@ -1,0 +1,181 @@
+"""conf/, the user's folders and overrides → one composed configuration, through Hydra's engine by public calls only.
+
+A name of the ConfigStore is used in one place, for `--from`: a saved run stands in for the command's primary config.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from mole import yaml_files
+from mole.overrides import rewrite
+
+# mole owns the run's folder and log: no `.hydra/` (it would keep what was typed), no log set-up, no folder of Hydra's.
+QUIET = ("hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.run.dir=.")
+_SAVED = "mole-saved-run"
+
+
+class UserFolders(SearchPathPlugin):
+    """Puts the user's config folders before the packaged one, for groups and primary configs alike."""
+
+    folders: ClassVar[tuple[Path, ...]] = ()
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in reversed(self.folders):
+            search_path.prepend("mole-user", f"file://{folder}", SearchPathQuery(provider="main"))
+
+
+def conf_dir() -> Path:
+    """`conf/` in the package (installed) or beside it (source tree), absolute. Raises FileNotFoundError."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "launcher" / "auto.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"mole is not installed whole: no conf/ in {package} or {package.parent}")
+
+
+@contextmanager
+def engine(command: str, folders: Sequence[str | Path] = ()) -> Iterator["Engine"]:
+    """Hydra's engine for one command (the name of its primary config) over `folders`, before the packaged conf/.
+
+    Raises ValueError if a folder does not exist. May be used inside itself.
+    """
+    found = []
+    for folder in folders:
+        path = Path(folder).expanduser().resolve()
+        if not path.is_dir():
+            raise ValueError(f"no such folder of configurations: {folder}")
+        found.append(path)
+    outer, outer_folders = GlobalHydra.instance().hydra, UserFolders.folders
+    Plugins.instance().register(UserFolders)
+    GlobalHydra.instance().clear()
+    UserFolders.folders = tuple(found)
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), job_name=command, version_base="1.3"):
+            yield Engine(command, (*found, conf_dir()))
+    finally:
+        UserFolders.folders = outer_folders
+        GlobalHydra.instance().hydra = outer
+
+
+class Engine:
+    """One command's view of the configuration tree."""
+
+    def __init__(self, command: str, folders: tuple[Path, ...]):
+        self.command, self.folders = command, folders
+        self.config_name = command  # `--from` puts a saved run in its place
+        self.hydra: Any = GlobalHydra.instance().hydra
+        self._options: dict[str, list[str]] = {}
+
+    def groups(self, overrides: Sequence[str] = ()) -> dict[str, str | None]:
+        """Every group that the command can select → the option chosen under `overrides` (None: none yet)."""
+        loader = self.hydra.config_loader
+        found = loader.compute_defaults_list(self.config_name, list(overrides), RunMode.RUN).overrides.known_choices
+        return {g: option for g, option in found.items() if not g.startswith("hydra/") and "@" not in g}
+
+    def options(self, group: str) -> list[str]:
+        """The options of a group, sorted; empty if there is no such group."""
+        if group not in self._options:
+            self._options[group] = sorted(self.hydra.config_loader.get_group_options(group))
+        return self._options[group]
+
+    def primary_file(self) -> Path:
+        """The command's own YAML: the user's if there is one. Raises ValueError."""
+        file = self._first(f"{self.command}.yaml")
+        if file is None:
+            raise ValueError(f"no {self.command}.yaml in {', '.join(map(str, self.folders))}")
+        return file
+
+    def file(self, group: str, option: str) -> Path | None:
+        """The file of one option, the user's first."""
+        return self._first(f"{group}/{option}.yaml")
+
+    def takes_several(self, group: str) -> bool:
+        """Whether the command has a key in the plural, under which several options of the group find place."""
+        return f"{group}s" in yaml_files.entries(self.primary_file())
+
+    def compose(self, overrides: Sequence[str] = ()) -> DictConfig:
+        """The composed configuration, interpolations not yet resolved. Raises Hydra's and OmegaConf's errors."""
+        return hydra.compose(self.config_name, list(overrides))
+
+    def saved_run(self, body: dict[str, Any], switched: Sequence[str]) -> None:
+        """Puts a saved configuration in the place of the command's primary config.
+
+        Each group in `switched` is composed anew and replaces what was saved; all else comes from `body`.
+        """
+        own = OmegaConf.load(self.primary_file())
+        groups = self.groups()
+        gone = {*switched, *(f"{g}s" for g in switched)}
+        fresh: dict[str, Any] = {k: v for k, v in body.items() if k not in gone}
+        for group in groups:  # `dataset=[…]` over a saved `dataset`: the plural's key must be there to be filled
+            if f"{group}s" in gone and f"{group}s" in own:
+                fresh[f"{group}s"] = {}
+        defaults = [{group: None} for group in groups]
+        ConfigStore.instance().store(name=_SAVED, node={"defaults": [*defaults, "_self_"], **fresh})
+        self.config_name = _SAVED
+
+    def locate(self, key: str, overrides: Sequence[str] = ()) -> str:
+        """File and line that gave `key` its value, as `experiment/x.yaml:3`; empty if no file did."""
+        if any(o.lstrip("+~").partition("=")[0] == key for o in overrides):
+            return ""
+        chosen = self.groups(overrides)
+        places = [(f, "") for g, o in chosen.items() if o and (f := self.file(g, o)) and _is_global(f)]
+        places += [(f, f"{g}.") for g, o in chosen.items() if o and (f := self.file(g, o)) and not _is_global(f)]
+        for file, prefix in [*reversed(places), (self.primary_file(), "")]:
+            if not key.startswith(prefix):
+                continue
+            entry = yaml_files.entries(file).get(key.removeprefix(prefix))
+            if entry is not None:
+                root = next(f for f in self.folders if file.is_relative_to(f))
+                return f"{file.relative_to(root)}:{entry.line}"
+        return ""
+
+    def _first(self, name: str) -> Path | None:
+        return next((folder / name for folder in self.folders if (folder / name).is_file()), None)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A composed configuration as plain data with interpolations resolved.
+
+    A required value that is absent (`???`) stays out, so that the schema reports all of them. A text that names an
+    absent one keeps its interpolation: the absent key is reported, not everything that hangs on it.
+    """
+    return _plain(config)  # a mapping, as the root is one
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, DictConfig):
+        return {str(k): _plain(_value(node, k)) for k in node if not OmegaConf.is_missing(node, k)}
+    if isinstance(node, ListConfig):
+        return [_plain(_value(node, i)) for i in range(len(node))]
+    return node
+
+
+def _value(node: Any, key: Any) -> Any:
+    try:
+        return node[key]
+    except InterpolationToMissingValueError:
+        return OmegaConf.to_container(node, resolve=False)[key]  # type: ignore[index, call-overload]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key or key}: {str(error).splitlines()[0]}") from None
+
+
+def compose(command: str, overrides: Sequence[str] = (), config_dirs: Sequence[str | Path] = ()) -> dict[str, Any]:
+    """The configuration of a command as plain data, for those who already have an override list that is right."""
+    with engine(command, config_dirs) as found:
+        return plain(found.compose(rewrite(overrides, found)))
+
+
+def _is_global(file: Path) -> bool:
+    return file.read_text(encoding="utf-8").startswith("# @package _global_")

@@ -1,0 +1,153 @@
+"""From the words on the line to overrides that Hydra takes: operands, quoting, lists, addresses, near names."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from mole.registry import nearest
+
+_OVERRIDE = re.compile(r"^(\+{0,2}[A-Za-z_][\w./@:-]*=|~[A-Za-z_][\w./@:-]*(=|$))")
+
+# A value that is no option of these groups but an address chooses this option and fills this key.
+_ADDRESSES = {"library": ("local", "url"), "backbone": ("pretrained", "path")}
+
+
+class Tree(Protocol):
+    """What of a command's configuration tree is needed here."""
+
+    def groups(self, overrides: Sequence[str] = ()) -> dict[str, str | None]: ...
+    def options(self, group: str) -> list[str]: ...
+    def takes_several(self, group: str) -> bool: ...
+
+
+def is_override(word: str) -> bool:
+    """Whether a word of the command line is an override (`key=value`, `~key`), not an operand."""
+    return bool(_OVERRIDE.match(word)) and not word.startswith("~/")
+
+
+def fill_operands(words: Iterable[str], operands: Sequence[str], command: str) -> list[str]:
+    """Words without "=" become values of `operands`, in order. Raises ValueError for one too many."""
+    given, rest = [], list(operands)
+    several: list[str] = []
+    for word in words:
+        if is_override(word):
+            given.append(word)
+        elif rest and rest[0].endswith("…"):
+            several.append(quote(word))
+        elif rest:
+            given.append(f"{rest.pop(0)}={quote(word)}")
+        else:
+            takes = f"takes {' '.join(operands)}" if operands else "takes no operand"
+            raise ValueError(f"{command} {takes}; what is {word!r}? settings have the form key=value")
+    if several:
+        given.append(f"{rest[0].removesuffix('…')}=[{','.join(several)}]")
+    return given
+
+
+def rewrite(words: Sequence[str], tree: Tree, *, sweep: bool = False) -> list[str]:
+    """The overrides as Hydra takes them.
+
+    `group=null` takes the group away, a list for a group that allows several fills the plural key, an address chooses
+    the option that takes addresses, text outside Hydra's grammar is quoted. Raises ValueError for an unknown option, a
+    list where one is wanted, and a comma without `sweep`.
+    """
+    groups = tree.groups()
+    done: list[str] = []
+    for word in words:
+        override = _parse(word)
+        if override.is_sweep_override() and not sweep:
+            key, _, value = word.partition("=")
+            raise ValueError(f"{word}: a comma makes a sweep: add -m, or quote the value twice: \"{key}='{value}'\"")
+        group = override.key_or_group
+        plain = not (override.is_add() or override.is_force_add() or override.is_delete() or override.package)
+        if plain and group in groups:
+            done += _choice(override, group, groups[group], tree)
+        else:
+            done.append(override.input_line or word)
+    return done
+
+
+def group_keys(words: Iterable[str]) -> list[str]:
+    """The key or group that each override sets."""
+    return [w.lstrip("+~").partition("=")[0].partition("@")[0] for w in words]
+
+
+def quote(text: str) -> str:
+    """`text` as a value that Hydra's grammar takes for plain text, whatever is in it."""
+    slashes = re.sub(r"(\\+)('|$)", lambda m: m[1] * 2 + m[2], text)
+    return "'" + slashes.replace("'", "\\'") + "'"
+
+
+def _parse(word: str) -> Override:
+    """One parsed override. What the grammar refuses (`#`, `&`, letters beyond ASCII …) is taken as quoted text."""
+    parser = OverridesParser.create()
+    try:
+        return parser.parse_override(word)
+    except HydraException:
+        key, equals, value = word.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"{word!r}: settings have the form key=value") from None
+        if "," in value:
+            raise ValueError(
+                f"{word}: a comma makes a sweep or a list; quote the value twice: \"{key}='{value}'\""
+            ) from None
+        try:
+            return parser.parse_override(f"{key}={quote(value)}")
+        except HydraException:
+            raise ValueError(f"{word!r}: no setting of the form key=value ({key!r} cannot be a key)") from None
+
+
+def _choice(override: Override, group: str, chosen: str | None, tree: Tree) -> list[str]:
+    if override.is_sweep_override():
+        for option in override.sweep_string_iterator():
+            _option(group, option, tree)
+        return [str(override.input_line)]
+    value = override.value()
+    if value is None:
+        return [f"~{group}"] if chosen is not None else []
+    if isinstance(value, list):
+        return _several(group, [_text(v) for v in value], chosen, tree)
+    if isinstance(value, dict):
+        raise ValueError(f"{group} takes the name of an option, not a mapping; known: {', '.join(tree.options(group))}")
+    text = _text(value)
+    if group in _ADDRESSES and text not in tree.options(group) and _is_address(text):
+        option, key = _ADDRESSES[group]
+        if option in tree.options(group):
+            return [f"{group}={option}", f"{group}.{key}={quote(text)}"]
+    return [f"{group}={_option(group, text, tree)}"]
+
+
+def _several(group: str, names: list[str], chosen: str | None, tree: Tree) -> list[str]:
+    if not tree.takes_several(group):
+        raise ValueError(f"{group}=[{','.join(names)}]: this command takes one {group}; write {group}=<name>")
+    if not names:
+        raise ValueError(f"{group}=[]: an empty list; known: {', '.join(tree.options(group))}")
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise ValueError(f"{group}=[{','.join(names)}]: {', '.join(repeated)} is named twice")
+    options = [_option(group, name, tree) for name in names]
+    return [*([f"~{group}"] if chosen is not None else []), *(f"+{group}@{group}s.{o}={o}" for o in options)]
+
+
+def _option(group: str, text: str, tree: Tree) -> str:
+    """The option that is meant: options are flat names, `glue/rte` is taken for `glue_rte`. Raises ValueError."""
+    known = tree.options(group)
+    for name in (text, text.replace("/", "_")):
+        if name in known:
+            return name
+    near = nearest(text, known, 1)
+    hint = f"; did you mean {group}={near[0]}?" if near else ""
+    raise ValueError(f"{group}={text}: no such option{hint}   known: {', '.join(known)}")
+
+
+def _is_address(text: str) -> bool:
+    return "/" in text or text.startswith((".", "~")) or Path(text).is_dir()
+
+
+def _text(value: object) -> str:
+    return str(getattr(value, "text", value))  # Hydra wraps quoted text
