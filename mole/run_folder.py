@@ -10,6 +10,19 @@ from typing import Any
 
 from mole.secrets import scrub
 
+_FILES = (
+    "config.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "log.txt",
+    "error.txt",
+    "samples.jsonl",
+    "evaluation.json",
+    "table.md",
+    "table.csv",
+    "generations.jsonl",
+)
+_FOLDERS = ("checkpoints", "expert", "mixture", "scalings", "plots")
 STATUSES = ("preparing", "running", "finished", "stopped", "failed")
 
 
@@ -87,6 +100,13 @@ class RunFolder:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         self._made = []
+
+    def clear(self) -> None:
+        """Takes away what an earlier start of this run left, and nothing that mole does not know."""
+        for name in (*_FILES, *_FOLDERS):
+            entry = self.path / name
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+        self.remove_leftovers()
 
     def facts(self) -> dict[str, Any]:
         """What run.json says; empty if there is none yet. Raises ValueError if it is damaged."""
