@@ -1,0 +1,7 @@
+"""Pictures of a run, from what it left in its folder alone: no model, no tokenizer, no data."""
+
+from mole.analysis.figure import MissingExtra
+from mole.analysis.plots import PLOT_NAMES, CannotPlot, plot_run
+from mole.analysis.tokens import TokensView
+
+__all__ = ["PLOT_NAMES", "CannotPlot", "MissingExtra", "TokensView", "plot_run"]
