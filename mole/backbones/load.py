@@ -2,17 +2,22 @@
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from mole.registry import BACKBONES, config_dataclass
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 class Placement(Protocol):
@@ -74,22 +79,90 @@ def _load_from_config(config: PretrainedConfig) -> Backbone:
 
 
 def load_pretrained(path: str, config: Placement, *, revision: str | None = None, label: str | None = None) -> Backbone:
-    """The model at `path`, a folder or a Hub id, on `config.device` in `config.dtype`."""
+    """The model at `path`, a folder or a Hub id, on `config.device` in `config.dtype`, called `label` on cards."""
     device = resolve_device(config.device)
+    folder = _local_folder(path)
+    if folder is not None and revision is not None:
+        raise ValueError(f"backbone.revision={revision}: {path} is a folder, which has no revisions: leave it null")
+    source = path if folder is None else str(folder)
+    model = _read_model(source, config, revision).requires_grad_(False).eval()
+    torch.nn.Module.to(model, device)
+    name = label or (path if folder is None else folder.resolve().name)
+    commit = getattr(model.config, "_commit_hash", None) if folder is None else None
+    return Backbone(model, _read_tokenizer(source, revision), name, commit, shapes_digest(model))
+
+
+def _local_folder(path: str) -> Path | None:
+    """`path` as a folder with a model, or None if it is a Hub id; ValueError if it can be neither."""
     folder = Path(path).expanduser()
-    is_folder = folder.is_dir()
-    source = str(folder) if is_folder else path
+    if not folder.is_dir():
+        if folder.exists():
+            raise ValueError(f"backbone.path={path}: is a file; name the folder that holds config.json and the weights")
+        if HUB_ID.fullmatch(path):
+            return None
+        raise ValueError(f"backbone.path={path}: no such folder, and not a Hub id such as user/model")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"backbone.path={path}: the folder has no config.json, so it is not a transformers model")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"backbone.path={path}: the folder has no *.safetensors; weights in other formats may hold code and are "
+            "not read: convert them with transformers' save_pretrained"
+        )
+    return folder
+
+
+def _read_model(source: str, config: Placement, revision: str | None) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)}
     if config.attention != "auto":
         options["attn_implementation"] = config.attention
-    model = AutoModelForCausalLM.from_pretrained(source, revision=revision, use_safetensors=True, **options)
-    model.requires_grad_(False).eval().to(device)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    try:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, revision=revision, use_safetensors=True, output_loading_info=True, **options
+            )
+    except SafetensorError as error:
+        raise ValueError(f"backbone {source}: the weights are damaged: {error}") from error
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ValueError(f"backbone {source}: cannot be loaded: {_first_lines(error)}") from error
+    model, seen = loaded
+    missing = sorted(seen["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"backbone {source}: the files lack {len(missing)} weights of a {type(model).__name__}, "
+            f"first {missing[0]}: is it a causal language model, and complete?"
+        )
+    return model
+
+
+def _read_tokenizer(source: str, revision: str | None) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ValueError(f"backbone {source}: its tokenizer cannot be loaded: {_first_lines(error)}") from error
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"backbone {source}: its tokenizer has neither a padding nor an end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token
-    commit = getattr(model.config, "_commit_hash", None)
-    name = label or (folder.resolve().name if is_folder else path)
-    return Backbone(model, tokenizer, name, None if is_folder else commit, shapes_digest(model))
+    return tokenizer
+
+
+def _first_lines(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:400]}…"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its bar of loaded weights and its report of missing ones, which is checked here."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def shapes_digest(model: torch.nn.Module) -> str:

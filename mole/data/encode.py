@@ -1,7 +1,7 @@
 """From text to a sample: token ids whose prompt part is not supervised, and the splits made of them."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def fit(sample: Sample, *, max_length: int | None, where: str, reason: str = "")
     return Encoded(None, truncated, reason or "it has no supervised token", where, text)
 
 
-def assemble(name: str, splits: dict[str, Iterable[Encoded] | None], max_unsupervised: float) -> DataSplits:
+def assemble(name: str, splits: Mapping[str, Iterable[Encoded] | None], max_unsupervised: float) -> DataSplits:
     """The dataset `name` from its encoded examples: split name (train, validation, test) → examples.
 
     Raises ValueError if a split is empty, or if more than the share `max_unsupervised` of all examples has no

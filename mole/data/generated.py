@@ -17,6 +17,7 @@ from mole.registry import DATASETS, config_dataclass
 
 CONSONANTS = "bcdfghjklmnprstvwz"
 VOWELS = "aeiou"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def random_word(rng: random.Random, shortest: int, longest: int) -> str:
@@ -65,9 +66,9 @@ def initials(rng: random.Random) -> tuple[str, str]:
 
 
 def cipher(rng: random.Random) -> tuple[str, str]:
-    """A word with every letter replaced by the next of the alphabet."""
+    """A word with every letter replaced by the next of the alphabet (a follows z)."""
     word = random_word(rng, 3, 6)
-    return f'Encrypt "{word}" for us.\n', "".join(chr(ord(letter) + 1) for letter in word)
+    return f'Encrypt "{word}" for us.\n', "".join(LETTERS[(LETTERS.index(letter) + 1) % 26] for letter in word)
 
 
 @config_dataclass
@@ -146,7 +147,7 @@ def _unlimited(generate: Generator, rng: random.Random, count: int, taken: set[s
 def load_generated(
     generate: Generator, config: GeneratedConfig, tokenizer: Any, *, seed: int, context_length: int | None
 ) -> DataSplits:
-    """The splits of a generated task. No prompt of one split is in another; the test split depends on the seed alone."""
+    """The splits of a generated task: no prompt of one is in another, and the test split depends on the seed alone."""
     name, taken = config.name, set()
     held_out = {}
     for split, count in (("test", config.test_examples), ("validation", config.validation_examples)):

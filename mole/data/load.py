@@ -13,6 +13,8 @@ def load(config: Any, tokenizer: Any, *, seed: int, context_length: int | None =
     bounds `config.max_length`. Raises ValueError for a missing or malformed file (with file and line), an empty
     split, or too many examples without a supervised token.
     """
+    if context_length is not None and context_length < 2:
+        raise ValueError(f"context_length={context_length}: a sample needs two tokens at least")
     return DATASETS.build(config, tokenizer, seed=seed, context_length=context_length)
 
 
