@@ -3,6 +3,16 @@
 from mole.mixtures.adapter_mixture import MixtureLayer
 from mole.mixtures.bank import LoraBank
 from mole.mixtures.cache import TwoStreamCache
+from mole.mixtures.files import Origin, load_mixture, origins_of, save_mixture
 from mole.mixtures.model import MultiExpertModel
 
-__all__ = ["LoraBank", "MixtureLayer", "MultiExpertModel", "TwoStreamCache"]
+__all__ = [
+    "LoraBank",
+    "MixtureLayer",
+    "MultiExpertModel",
+    "Origin",
+    "TwoStreamCache",
+    "load_mixture",
+    "origins_of",
+    "save_mixture",
+]

@@ -1,0 +1,218 @@
+"""A mixture on disk: its description, its router's weights and its experts, whole, in one folder with a card.
+
+    mixture.json             format, router config, names, tasks and origin of the experts, paths of the mixed modules
+    router.safetensors       parameters of routers that learn: `<name>` of scope model, `<site>.<name>` of scope layer
+    expert-000.json          PEFT's adapter config of the first expert
+    expert-000.safetensors   its weights, in the dtype that the mixture computes with
+    expert.json              the card (kind mixture), with the digests of the others
+
+Nothing in it names a class: the router is a registry name with fields, checked against its closed config.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import save
+
+from mole.adapters import Adapter, peft_format
+from mole.backbones import Backbone
+from mole.experts.card import Card, bytes_facts, check_backbone, new_card, read_card
+from mole.experts.schema import CARD_FILE
+from mole.mixtures.model import MultiExpertModel
+from mole.registry import ROUTERS, config_dataclass
+from mole.run_folder import write_folder_atomically
+from mole.untrusted import Damaged, read_file, safetensors_tensors, strict_json
+
+FORMAT = 1
+MIXTURE, ROUTER = "mixture.json", "router.safetensors"
+MAX_BYTES = 4 << 30
+
+
+@config_dataclass
+class Origin:
+    """An expert of a mixture and where it comes from: null where that is not known."""
+
+    name: str
+    tasks: tuple[str, ...] = ()
+    library: str | None = None
+    revision: str | None = None
+    content: str | None = None
+
+
+@config_dataclass
+class Description:
+    """What mixture.json says."""
+
+    format: int
+    router: dict[str, Any]
+    experts: tuple[Origin, ...]
+    sites: tuple[str, ...]
+
+
+def save_mixture(
+    model: MultiExpertModel,
+    folder: str | Path,
+    backbone: Backbone,
+    *,
+    origins: Mapping[str, Origin] | None = None,
+    **facts: Any,
+) -> Card:
+    """Writes the mixture as the new folder `folder`, whole or not at all; returns its card.
+
+    `origins` tells where experts come from, by name; `facts` go to the card (description, scores, data, training …).
+    Raises FileExistsError if the folder exists.
+    """
+    origins = dict(origins or {})
+    experts = tuple(
+        origins.get(name, Origin(name=name, tasks=tasks))
+        for name, tasks in zip(model.expert_names, model.shape.expert_tasks, strict=True)
+    )
+    router = TypeAdapter(type(model.router_config)).dump_python(model.router_config, mode="json")
+    described = Description(format=FORMAT, router=router, experts=experts, sites=model.sites)
+    files = {
+        MIXTURE: TypeAdapter(Description).dump_json(described, indent=1) + b"\n",
+    }
+    if state := _router_state(model):
+        files[ROUTER] = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    for index, adapter in enumerate(model.adapters().values()):
+        files |= _expert_files(index, adapter, backbone.name)
+    copied = [
+        {"relation": "copied", "source": e.library, "name": e.name, "revision": e.revision, "content": e.content}
+        for e in experts
+        if e.revision
+    ]
+    tasks = sorted({task for expert in experts for task in expert.tasks})[:64]
+    made = {"tasks": tasks, "derived_from": copied, **facts}
+    card = new_card({n: bytes_facts(d) for n, d in files.items()}, backbone, kind="mixture", **made)
+
+    def fill(target: Path) -> None:
+        for name, data in files.items():
+            (target / name).write_bytes(data)
+        (target / CARD_FILE).write_bytes(card.to_bytes())
+
+    write_folder_atomically(folder, fill)
+    return card
+
+
+def load_mixture(
+    folder: str | Path, backbone: Backbone, *, kernel: str = "auto", allow_other_backbone: bool = False
+) -> MultiExpertModel:
+    """The mixture in `folder` on `backbone`, in eval mode, with nothing trainable.
+
+    Each file is read once and checked against the card. Raises Damaged or Refused for what is not a mixture as
+    written, ValueError if it was made for another backbone.
+    """
+    folder = Path(folder)
+    card, files = read_checked(folder)
+    check_backbone(card, backbone.name, backbone.shapes, allow_other_backbone=allow_other_backbone)
+    description = _described(files.pop(MIXTURE), f"{folder / MIXTURE}")
+    experts = {}
+    for index, origin in enumerate(description.experts):
+        stem = f"expert-{index:03d}"
+        if f"{stem}.json" not in files or f"{stem}.safetensors" not in files:
+            raise Damaged(f"{folder}: the files of expert {origin.name!r} ({stem}.*) are missing")
+        parsed = peft_format.parse(files[f"{stem}.json"], files[f"{stem}.safetensors"], f"{folder / stem}")
+        experts[origin.name] = parsed.adapter
+    model = MultiExpertModel(
+        backbone.model,
+        experts,
+        _router_config(description.router, folder),
+        tasks={origin.name: origin.tasks for origin in description.experts},
+        kernel=kernel,
+        train="none",
+    )
+    if model.sites != description.sites:
+        model.unload()
+        raise Damaged(f"{folder}: the mixed modules are not those that its experts adapt on this backbone")
+    _load_router(model, safetensors_tensors(files[ROUTER], f"{folder / ROUTER}") if ROUTER in files else {}, folder)
+    return model.eval()
+
+
+def origins_of(folder: str | Path) -> dict[str, Origin]:
+    """Expert name → origin, of the mixture in `folder`."""
+    folder = Path(folder)
+    _, files = read_checked(folder)
+    return {origin.name: origin for origin in _described(files[MIXTURE], f"{folder / MIXTURE}").experts}
+
+
+def read_checked(folder: Path) -> tuple[Card, dict[str, bytes]]:
+    """The card of a mixture and the bytes of its files, which are what the card says.
+
+    Raises ValueError if there is no mixture, Damaged if a file is missing or another than the card's.
+    """
+    if not (folder / CARD_FILE).is_file():
+        raise ValueError(f"no mixture in {folder}: it has no {CARD_FILE}")
+    card = read_card(read_file(folder / CARD_FILE, 1 << 20), str(folder / CARD_FILE))
+    if card.kind != "mixture":
+        raise ValueError(f"{folder} holds an expert, not a mixture")
+    files = {}
+    for name, facts in card.files.items():
+        if not (folder / name).is_file():
+            raise Damaged(f"{folder}: {name} is missing")
+        files[name] = read_file(folder / name, MAX_BYTES)
+        if bytes_facts(files[name]) != facts:
+            raise Damaged(f"{folder}: {name} is not what the card says (size or digest differ)")
+    return card, files
+
+
+def _expert_files(index: int, adapter: Adapter, backbone: str) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as scratch:
+        peft_format.write(adapter, scratch, backbone)
+        return {
+            f"expert-{index:03d}.json": (Path(scratch) / peft_format.CONFIG).read_bytes(),
+            f"expert-{index:03d}.safetensors": (Path(scratch) / peft_format.WEIGHTS).read_bytes(),
+        }
+
+
+def _described(data: bytes, what: str) -> Description:
+    try:
+        description = TypeAdapter(Description).validate_json(json.dumps(strict_json(data, what)))
+    except ValidationError as error:
+        raise Damaged(f"{what}: {_first(error)}") from None
+    if description.format != FORMAT:
+        raise Damaged(f"{what}: format {description.format} needs another version of mole; this one reads {FORMAT}")
+    return description
+
+
+def _router_config(node: dict[str, Any], folder: Path) -> Any:
+    name = node.get("name")
+    if not isinstance(name, str) or name not in ROUTERS:
+        raise Damaged(f"{folder / MIXTURE}: router {name!r} is not known here (known: {', '.join(ROUTERS.names())})")
+    try:
+        return TypeAdapter(ROUTERS[name].config).validate_json(json.dumps(node))
+    except ValidationError as error:
+        raise Damaged(f"{folder / MIXTURE}: router: {_first(error)}") from None
+
+
+def _first(error: ValidationError) -> str:
+    one = error.errors(include_url=False)[0]
+    return f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}"
+
+
+def _router_state(model: MultiExpertModel) -> dict[str, torch.Tensor]:
+    return {
+        f"{site}.{name}" if site else name: parameter
+        for site, router in model.routers().items()
+        for name, parameter in router.named_parameters()
+    }
+
+
+def _load_router(model: MultiExpertModel, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    state = _router_state(model)
+    wanted = {name: tuple(parameter.shape) for name, parameter in state.items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != given:
+        odd = sorted(name for name in {*wanted, *given} if wanted.get(name) != given.get(name))
+        shown = "; ".join(
+            f"{name}: {given.get(name, 'absent')}, expected {wanted.get(name, 'none')}" for name in odd[:3]
+        )
+        raise Damaged(f"{folder / ROUTER}: the tensors are not this router's ({shown})")
+    for name, tensor in tensors.items():
+        state[name].data = tensor.to(state[name].device)
