@@ -4,7 +4,7 @@
     router.safetensors       parameters of routers that learn: `<name>` of scope model, `<site>.<name>` of scope layer
     expert-000.json          PEFT's adapter config of the first expert
     expert-000.safetensors   its weights, in the dtype that the mixture computes with
-    expert.json              the card (kind mixture), with the digests of the others
+    expert.json, README.md   the card (kind mixture), with the digests of the others; and the same for people
 
 Nothing in it names a class: the router is a registry name with fields, checked against its closed config.
 """
@@ -12,7 +12,6 @@ Nothing in it names a class: the router is a registry name with fields, checked 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,15 @@ from safetensors.torch import save
 
 from mole.adapters import Adapter, peft_format
 from mole.backbones import Backbone
-from mole.experts.card import Card, bytes_facts, check_backbone, new_card, read_card
-from mole.experts.schema import CARD_FILE
+from mole.experts.card import Card, bytes_facts, check_backbone, new_card
+from mole.experts.folder import check_entries, has_card, read_card, verified_files, write_card
 from mole.mixtures.model import MultiExpertModel
 from mole.registry import ROUTERS, config_dataclass
 from mole.run_folder import write_folder_atomically
-from mole.untrusted import Damaged, read_file, safetensors_tensors, strict_json
+from mole.untrusted import Damaged, safetensors_tensors, strict_json
 
 FORMAT = 1
 MIXTURE, ROUTER = "mixture.json", "router.safetensors"
-MAX_BYTES = 4 << 30
 
 
 @config_dataclass
@@ -95,7 +93,7 @@ def save_mixture(
     def fill(target: Path) -> None:
         for name, data in files.items():
             (target / name).write_bytes(data)
-        (target / CARD_FILE).write_bytes(card.to_bytes())
+        write_card(card, target)
 
     write_folder_atomically(folder, fill)
     return card
@@ -145,30 +143,21 @@ def origins_of(folder: str | Path) -> dict[str, Origin]:
 def read_checked(folder: Path) -> tuple[Card, dict[str, bytes]]:
     """The card of a mixture and the bytes of its files, which are what the card says.
 
-    Raises ValueError if there is no mixture, Damaged if a file is missing or another than the card's.
+    Raises ValueError if there is no mixture, Damaged or Refused if a file is missing or another than the card's.
     """
-    if not (folder / CARD_FILE).is_file():
-        raise ValueError(f"no mixture in {folder}: it has no {CARD_FILE}")
-    card = read_card(read_file(folder / CARD_FILE, 1 << 20), str(folder / CARD_FILE))
+    if not has_card(folder):
+        raise ValueError(f"no mixture in {folder}: it has no expert.json")
+    card = read_card(folder)
     if card.kind != "mixture":
         raise ValueError(f"{folder} holds an expert, not a mixture")
-    files = {}
-    for name, facts in card.files.items():
-        if not (folder / name).is_file():
-            raise Damaged(f"{folder}: {name} is missing")
-        files[name] = read_file(folder / name, MAX_BYTES)
-        if bytes_facts(files[name]) != facts:
-            raise Damaged(f"{folder}: {name} is not what the card says (size or digest differ)")
-    return card, files
+    check_entries(folder, card)
+    return card, verified_files(folder, card)
 
 
 def _expert_files(index: int, adapter: Adapter, backbone: str) -> dict[str, bytes]:
-    with tempfile.TemporaryDirectory() as scratch:
-        peft_format.write(adapter, scratch, backbone)
-        return {
-            f"expert-{index:03d}.json": (Path(scratch) / peft_format.CONFIG).read_bytes(),
-            f"expert-{index:03d}.safetensors": (Path(scratch) / peft_format.WEIGHTS).read_bytes(),
-        }
+    files = peft_format.dump(adapter, backbone)
+    stem = f"expert-{index:03d}"
+    return {f"{stem}.json": files[peft_format.CONFIG], f"{stem}.safetensors": files[peft_format.WEIGHTS]}
 
 
 def _described(data: bytes, what: str) -> Description:
