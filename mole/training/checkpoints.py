@@ -4,7 +4,7 @@
       weights.safetensors    what is trained, by name
       optimizer.safetensors  the optimizer's tensors, "<parameter>:<slot>"
       best.safetensors       the best weights so far, only where the best step's own folder could not be written
-      state.json             counters, schedule, scaler, random generators of every rank, selection, length of metrics.jsonl
+      state.json             counters, schedule, scaler, generators of every rank, selection, length of metrics.jsonl
       complete               the size of each file above; written last
 
 A folder appears whole or not at all. The newest ones and the best are kept.
@@ -90,9 +90,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def newest(run: RunFolder) -> Checkpoint | None:
     """The newest checkpoint that can be read, None without one. Torn ones are passed over, with a message."""
-    folders = run.checkpoints.glob("step-*") if run.checkpoints.is_dir() else ()
-    numbered = [(int(n), folder) for folder in folders if (n := folder.name.removeprefix("step-")).isdigit()]
-    for _, folder in sorted(numbered, reverse=True):
+    for folder in reversed(_folders(run)):
         try:
             return read(folder)
         except ValueError as error:
@@ -100,12 +98,33 @@ def newest(run: RunFolder) -> Checkpoint | None:
     return None
 
 
+def _folders(run: RunFolder) -> list[Path]:
+    """All that have a checkpoint's name, whole or torn, the oldest first."""
+    folders = run.checkpoints.glob("step-*") if run.checkpoints.is_dir() else ()
+    numbered = [(int(number), folder) for folder in folders if (number := folder.name[5:]).isdigit()]
+    return [folder for _, folder in sorted(numbered)]
+
+
+def forget_torn(run: RunFolder, restored_step: int) -> None:
+    """Removes what was passed over for the checkpoint of `restored_step`: it must not count as newest later on."""
+    for folder in _folders(run):
+        if int(folder.name[5:]) > restored_step or not (folder / "complete").is_file():
+            _remove(folder)
+
+
 def rotate(run: RunFolder, keep: int, best_step: int | None) -> None:
     """Removes all complete checkpoints but the newest `keep` and that of the best step."""
     for folder in run.complete_checkpoints()[:-keep]:
         if best_step is None or folder != run.checkpoint(best_step):
-            (folder / "complete").unlink(missing_ok=True)  # first: half a folder must not look like a whole one
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Under a hidden name first, so that half a folder never looks like a whole one; a resumed run sweeps those."""
+    hidden = folder.with_name(f".{folder.name}.partial-removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def best_weights(run: RunFolder, checkpoint: Checkpoint, best_step: int) -> dict[str, Tensor]:

@@ -97,6 +97,8 @@ def fit(
             total=total,
         )
         seed_streams(seed, accelerator.process_index)
+        if not resume:
+            session.saver.require_unused()
         if not (resume and session.restore()):
             session.begin()
         if main:

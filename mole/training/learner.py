@@ -119,6 +119,8 @@ def build_learner(model: nn.Module, config: TrainingSettings, accelerator: Accel
         parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = build_optimizer(config.optimizer, parameters, config.training.learning_rate)
     schedule = build_schedule(config.schedule, optimizer, total)
+    prepared = accelerator.prepare_optimizer(optimizer)
+    assert isinstance(prepared, AcceleratedOptimizer)
     objective = Objective(model)
     frozen = [name for name, tensor in objective.named_parameters() if not tensor.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, frozen)  # equal on every rank
@@ -127,7 +129,7 @@ def build_learner(model: nn.Module, config: TrainingSettings, accelerator: Accel
         objective=accelerator.prepare_model(objective, device_placement=False),
         parameters=parameters,
         buffers=_buffers_beside(model, parameters),
-        optimizer=accelerator.prepare_optimizer(optimizer),
+        optimizer=prepared,
         schedule=schedule,
         accelerator=accelerator,
     )
@@ -152,14 +154,16 @@ def gradient_checkpointing(model: nn.Module, active: bool) -> Iterator[None]:
     if not active:
         yield
         return
-    enable: Any = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
+    kinds = ("activation_checkpointing", "gradient_checkpointing")  # the name of transformers 6, and the one before
+    # of the class: a model that hands unknown names on to the one inside it has a way of its own to enable this
+    known = [f"{kind}_enable" for kind in kinds if hasattr(type(model), f"{kind}_enable")]
+    if not known:
         raise ValueError(
             f"{type(model).__name__} has no gradient checkpointing: set training.gradient_checkpointing=false"
         )
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    getattr(model, known[0])({"use_reentrant": False})
     try:
         yield
     finally:
-        disable: Any = model.gradient_checkpointing_disable
-        disable()
+        disable = next(name for kind in kinds if hasattr(model, name := f"{kind}_disable"))
+        getattr(model, disable)()

@@ -23,7 +23,7 @@ class TrainingProgress:
 
     def __enter__(self) -> "TrainingProgress":
         if self.active and self.console.is_terminal:
-            self._bar = Progress(
+            bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=24),
@@ -32,8 +32,9 @@ class TrainingProgress:
                 console=self.console,
                 transient=True,
             )
-            self._task = self._bar.add_task("", total=self.total, facts="")
-            self._bar.start()
+            self._task = bar.add_task("", total=self.total, facts="")
+            bar.start()
+            self._bar = bar
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,4 +1,4 @@
-"""When a checkpoint is written and by whom: gathered from all processes, written by the main one, survived if it fails."""
+"""Who writes a checkpoint: gathered from all processes, written by the main one, survived if it fails."""
 
 import logging
 from pathlib import Path
@@ -85,13 +85,22 @@ class Saver:
         checkpoints.write(checkpoint, self.run)
         checkpoints.rotate(self.run, self.keep, selection.best_step if best_on_disk else None)
 
+    def require_unused(self) -> None:
+        """Raises ValueError if the run has checkpoints: a new run must not mix with an old one."""
+        if existing := self.run.complete_checkpoints():
+            raise ValueError(
+                f"{self.run.path} has checkpoints up to {existing[-1].name}: continue that run with "
+                f"--resume {self.run.path}, or choose another run.folder"
+            )
+
     def restore(self) -> tuple[dict[str, Any], Selection] | None:
         """Puts the newest whole checkpoint into the learner; returns its facts and selection, None without one."""
         accelerator = self.learner.accelerator
+        found = checkpoints.newest(self.run)
+        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             self.run.remove_leftovers()
-        accelerator.wait_for_everyone()
-        found = checkpoints.newest(self.run)
+            checkpoints.forget_torn(self.run, found.step if found else 0)
         if found is None:
             return None
         facts = found.facts
@@ -104,6 +113,9 @@ class Saver:
         selection = Selection(**facts["selection"])
         if selection.best_step is not None:
             self._best = checkpoints.best_weights(self.run, found, selection.best_step)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:  # the process that wrote it may have been killed before it did
+            checkpoints.rotate(self.run, self.keep, selection.best_step)
         self.last_good = self.run.checkpoint(found.step)
         return {**facts, "step": found.step}, selection
 

@@ -1,4 +1,4 @@
-"""One optimizer step: the loss of all its micro-batches on all processes, weighted by tokens, as if it were one batch."""
+"""One optimizer step: all its micro-batches on all processes, weighted by tokens, as if they were one batch."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class TrainingFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Census:
-    """What all processes together bring to a step: tokens that count, tokens at all, and the signal that asks to stop."""
+    """What all processes bring to a step: supervised tokens, all real tokens, and the signal that asks to stop."""
 
     supervised: int
     valid: int

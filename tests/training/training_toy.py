@@ -1,18 +1,23 @@
 """A toy language model and toy data: what `fit` needs to know of the real ones."""
 
+import json
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
-from mole.training import TrainingData
+from mole.run_folder import RunFolder
+from mole.training import Recipe, TrainingConfig, TrainingData, fit, make_accelerator
+from mole.training.optimizers import SGDConfig
+from mole.training.schedules import ConstantConfig
 
 VOCABULARY = 13
 
 
 class ToyModel(nn.Module):
-    """Embedding (frozen), a recurrent-free mix of neighbours, an output layer; dropout in between."""
+    """Embedding (frozen), a mix of neighbours, an output layer; dropout in between."""
 
     def __init__(self, width: int = 8, dropout: float = 0.0, dtype: torch.dtype = torch.float32, seed: int = 0):
         super().__init__()
@@ -82,3 +87,40 @@ def mean_loss(model: nn.Module, rows: list) -> float:
                     total -= float(torch.log_softmax(logits[place - 1], -1)[labels[place]])
                     count += 1
     return total / count
+
+
+def recipe(**training) -> Recipe:
+    """A short run of SGD at a constant rate, uncut; `training` changes its fields, groups by their own names."""
+    groups = {name: training.pop(name) for name in ("optimizer", "schedule", "tracker") if name in training}
+    settings = {
+        "max_steps": 4,
+        "epochs": None,
+        "batch_size": 12,
+        "learning_rate": 0.5,
+        "clip_norm": None,
+        "evaluate_every": None,
+        "checkpoint_every": None,
+        "best_metric": None,
+    }
+    chosen = TrainingConfig(**{**settings, **training})
+    return Recipe(training=chosen, **{"optimizer": SGDConfig(), "schedule": ConstantConfig(), **groups})
+
+
+def fit_toy(model: nn.Module, folder: Path, config: Recipe | None = None, data: TrainingData | None = None, **more):
+    """`fit` on the CPU with the toy's defaults."""
+    config = config or recipe()
+    accelerator = make_accelerator(config.training, torch.device("cpu"))
+    data = data or toy_data()
+    return fit(model, data, config, RunFolder(folder), accelerator=accelerator, **{"seed": 0, **more})
+
+
+def lines(folder: Path, phase: str | None = None) -> list[dict]:
+    """metrics.jsonl without what the clock says."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [row for row in rows if phase in (None, row["phase"])]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in kept]
+
+
+def weight_bytes(model: nn.Module) -> bytes:
+    """All parameters, bit for bit."""
+    return b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
