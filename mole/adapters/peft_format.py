@@ -117,7 +117,13 @@ def parse(config: bytes, weights: bytes, where: str) -> PeftFolder:
 
 
 def write(adapter: Adapter, folder: str | Path, backbone_name: str | None) -> None:
-    """Write the two files into `folder`, which must exist; equal adapters give equal bytes.
+    """Write the two files into `folder`, which must exist. Arguments and errors are those of `dump`."""
+    for name, data in dump(adapter, backbone_name).items():
+        (Path(folder) / name).write_bytes(data)
+
+
+def dump(adapter: Adapter, backbone_name: str | None) -> dict[str, bytes]:
+    """The two files, name → bytes; equal adapters give equal bytes.
 
     `backbone_name` is noted in the config as the model that the adapter is for. Raises ValueError for a method that
     PEFT does not know.
@@ -129,8 +135,7 @@ def write(adapter: Adapter, folder: str | Path, backbone_name: str | None) -> No
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = weights.A.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = weights.B.detach().cpu().contiguous()
     text = json.dumps(_config(adapter, backbone_name), indent=2, sort_keys=True, allow_nan=False) + "\n"
-    (Path(folder) / CONFIG).write_text(text, encoding="utf-8")
-    (Path(folder) / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    return {CONFIG: text.encode(), WEIGHTS: save(tensors, metadata={"format": "pt"})}
 
 
 def _config(adapter: Adapter, backbone_name: str | None) -> dict[str, Any]:

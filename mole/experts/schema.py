@@ -1,0 +1,269 @@
+"""What each field of a card may hold: small checks, put together to the closed schema of format 1."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from mole.untrusted import shown
+
+Check = Callable[[Any, str], None]
+
+CARD_FILE = "expert.json"
+README_FILE = "README.md"
+KINDS = ("adapter", "mixture")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+RELATIONS = ("continued", "merged", "converted", "imported", "copied")
+HEADS = ("classification", "regression", "tokens", "question_answering")
+
+_BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+_SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}", re.ASCII)
+_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
+_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}", re.ASCII)
+_MODULE = re.compile(r"[A-Za-z0-9_.]{1,300}", re.ASCII)
+_FILES = {
+    "adapter": re.compile(r"adapter_config\.json|mole_adapter\.json|adapter_model\.safetensors", re.ASCII),
+    "mixture": re.compile(r"mixture\.json|router\.safetensors|expert-[0-9]{3}\.(?:json|safetensors)", re.ASCII),
+}
+
+
+class FieldError(ValueError):
+    """A field of a card holds what it may not hold."""
+
+
+def fail(field: str, wanted: str, value: Any) -> None:
+    """Raise FieldError."""
+    raise FieldError(f"{field}: must be {wanted}, got {shown(value)}")
+
+
+def is_clean(text: str) -> bool:
+    """Whether text is free of control characters and of those that turn the direction of writing."""
+    return not any(unicodedata.category(c) in ("Cc", "Cs") or unicodedata.bidirectional(c) in _BIDI for c in text)
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether text would tell where files lie on somebody's machine."""
+    return text.startswith(("/", "~", "./", "../", "file:")) or "\\" in text or bool(re.match(r"[A-Za-z]:", text))
+
+
+def text(cap: int, *, empty: bool = False, path: bool = True) -> Check:
+    """Text of at most `cap` characters; `empty`, `path`: whether it may be empty, or look like a path."""
+
+    def check(value: Any, field: str) -> None:
+        if not isinstance(value, str) or len(value) > cap or not (value or empty) or not is_clean(value):
+            fail(field, f"text of {0 if empty else 1} to {cap:,} characters without control characters", value)
+        if not path and looks_like_path(value):
+            fail(field, "a name, not a path", value)
+
+    return check
+
+
+def pattern(expression: re.Pattern[str], wanted: str) -> Check:
+    def check(value: Any, field: str) -> None:
+        if not isinstance(value, str) or not expression.fullmatch(value):
+            fail(field, wanted, value)
+
+    return check
+
+
+def hexadecimal(least: int, most: int) -> Check:
+    wanted = f"{least} small hexadecimal digits" if least == most else f"{least} to {most} small hexadecimal digits"
+    return pattern(re.compile(rf"[0-9a-f]{{{least},{most}}}", re.ASCII), wanted)
+
+
+def whole(value: Any, field: str) -> None:
+    if type(value) is not int or not 0 <= value < 2**63:
+        fail(field, "a whole number from 0", value)
+
+
+def number(value: Any, field: str) -> None:
+    if type(value) not in (int, float) or value != value or value in (float("inf"), float("-inf")):
+        fail(field, "a finite number", value)
+
+
+def flag(value: Any, field: str) -> None:
+    if type(value) is not bool:
+        fail(field, "true or false", value)
+
+
+def one_of(*known: str) -> Check:
+    def check(value: Any, field: str) -> None:
+        if value not in known or not isinstance(value, str):
+            fail(field, f"one of {', '.join(known)}", value)
+
+    return check
+
+
+def moment(value: Any, field: str) -> None:
+    """UTC to the second, and not in the future (by more than two days: clocks are wrong)."""
+    try:
+        then = datetime.strptime(value, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    except (TypeError, ValueError):
+        return fail(field, "a time such as 2026-01-31T12:00:00Z", value)
+    if len(value) != 20 or then > datetime.now(UTC) + timedelta(days=2):
+        fail(field, "a time that has been", value)
+    return None
+
+
+def optional(check: Check) -> Check:
+    return lambda value, field: None if value is None else check(value, field)
+
+
+def rows(check: Check, cap: int, least: int = 0) -> Check:
+    """A list of `least` to `cap` values that each pass `check`."""
+
+    def check_all(value: Any, field: str) -> None:
+        if not isinstance(value, list) or not least <= len(value) <= cap:
+            fail(field, f"a list of {least} to {cap:,}", value)
+        for place, item in enumerate(value):
+            check(item, f"{field}[{place}]")
+
+    return check_all
+
+
+def record(fields: Mapping[str, Check]) -> Check:
+    """An object with exactly these fields."""
+
+    def check(value: Any, field: str) -> None:
+        if not isinstance(value, dict):
+            return fail(field, "an object", value)
+        for name in value:
+            if name not in fields:
+                raise FieldError(f"{_dotted(field, shown(name)[1:-1])}: unknown field (known: {', '.join(fields)})")
+        for name, one in fields.items():
+            if name not in value:
+                raise FieldError(f"{_dotted(field, name)}: missing")
+            one(value[name], _dotted(field, name))
+        return None
+
+    return check
+
+
+def mapping(key: re.Pattern[str], check: Check, cap: int) -> Check:
+    """An object of at most `cap` entries, keys by `key`, values by `check`."""
+
+    def check_all(value: Any, field: str) -> None:
+        if not isinstance(value, dict) or len(value) > cap:
+            return fail(field, f"an object of at most {cap} entries", value)
+        for name, item in value.items():
+            if not isinstance(name, str) or not key.fullmatch(name):
+                raise FieldError(f"{field}: {shown(name)} is not a valid key")
+            check(item, _dotted(field, name))
+        return None
+
+    return check_all
+
+
+def scalar(*, path: bool) -> Check:
+    short = text(200, empty=True, path=path)
+
+    def check(value: Any, field: str) -> None:
+        if isinstance(value, str):
+            return short(value, field)
+        return None if isinstance(value, bool) else number(value, field)
+
+    return check
+
+
+def _dotted(field: str, name: str) -> str:
+    return f"{field}.{name}" if field else name
+
+
+DIGEST = hexadecimal(64, 64)
+_ADAPTER = {
+    "method": pattern(_SLUG, "a method's name"),
+    "rank": optional(whole),
+    "alpha": optional(number),
+    "targets": rows(pattern(_MODULE, "a module's name"), 1000),
+    "full_modules": rows(pattern(_MODULE, "a module's name"), 1000),
+    "parameters": whole,
+    "dtype": one_of(*DTYPES),
+}
+_BACKBONE = {"name": text(200, path=False), "revision": optional(hexadecimal(7, 64)), "shapes": optional(DIGEST)}
+_HEAD = {"type": one_of(*HEADS), "labels": rows(text(100), 1000)}
+_DATA = {
+    "name": text(200, path=False),
+    "split": optional(text(100)),
+    "examples": optional(whole),
+    "sha256": optional(DIGEST),
+}
+_SCORE = {
+    "metric": text(100),
+    "value": number,
+    "task": optional(text(100)),
+    "dataset": optional(text(200, path=False)),
+    "split": optional(text(100)),
+    "examples": optional(whole),
+    "higher_is_better": flag,
+    "config": optional(hexadecimal(4, 64)),
+}
+_HISTORY = {"revision": DIGEST, "content": DIGEST, "created": moment, "message": text(500, empty=True)}
+_ORIGIN = {
+    "relation": one_of(*RELATIONS),
+    "source": optional(text(200, path=False)),
+    "name": optional(text(200, path=False)),
+    "revision": optional(hexadecimal(7, 64)),
+    "content": optional(DIGEST),
+}
+FIELDS: dict[str, Check] = {
+    "format": lambda value, field: None,
+    "kind": one_of(*KINDS),
+    "adapter": optional(record(_ADAPTER)),
+    "backbone": record(_BACKBONE),
+    "head": optional(record(_HEAD)),
+    "tasks": rows(text(100), 64),
+    "tags": rows(pattern(_SLUG, "a tag: small letters, digits, '.', '_', '-'"), 64),
+    "description": text(4000, empty=True),
+    "license": optional(pattern(_LICENSE, "an SPDX licence id, other or null")),
+    "author": optional(text(100)),
+    "data": rows(record(_DATA), 64),
+    "training": mapping(_KEY, scalar(path=False), 64),
+    "scores": rows(record(_SCORE), 200),
+    "created": moment,
+    "producer": mapping(_KEY, text(100), 16),
+    "message": text(500, empty=True),
+    "parent": optional(DIGEST),
+    "derived_from": rows(record(_ORIGIN), 256),
+    "history": rows(record(_HISTORY), 100),
+    "extra": mapping(_KEY, scalar(path=True), 32),
+    "files": mapping(
+        re.compile(r"[a-z0-9_-]{1,64}\.(?:json|safetensors)"), record({"size": whole, "sha256": DIGEST}), 64
+    ),
+    "content": DIGEST,
+    "revision": DIGEST,
+}
+
+
+def check_card(card: Any) -> None:
+    """Raise FieldError unless `card`, plain data, is of format 1 and each field holds what it may hold."""
+    if not isinstance(card, dict):
+        fail("card", "an object", card)
+    if type(card.get("format")) is not int or card["format"] < 1:
+        fail("format", "1", card.get("format"))
+    if card["format"] > 1:
+        raise FieldError(f"format: {shown(card['format'])}; this mole knows format 1: it needs a newer mole")
+    record(FIELDS)(card, "")
+    if (card["kind"] == "adapter") != (card["adapter"] is not None):
+        raise FieldError("adapter: wanted for kind adapter, and for no other")
+    check_files(card["kind"], list(card["files"]))
+    rows_of = [row["revision"] for row in card["history"]]
+    if card["parent"] != (rows_of[0] if rows_of else None) or len(set(rows_of)) != len(rows_of):
+        raise FieldError("parent: must be the newest revision in history, none of them twice")
+
+
+def check_files(kind: str, names: list[str]) -> None:
+    """Raise FieldError unless these files, and no others, can make an expert of that kind."""
+    for name in names:
+        if not _FILES[kind].fullmatch(name):
+            raise FieldError(f"files: {shown(name)} does not belong to an expert of kind {kind}")
+    if kind == "mixture":
+        needed = {"mixture.json"}
+    else:
+        needed = {"adapter_model.safetensors"}
+        if len({"adapter_config.json", "mole_adapter.json"} & set(names)) != 1:
+            raise FieldError("files: exactly one of adapter_config.json and mole_adapter.json is wanted")
+    if missing := sorted(needed - set(names)):
+        raise FieldError(f"files: {missing[0]} is missing")
