@@ -28,7 +28,7 @@ class Backend(Protocol):
         ...
 
     def fetch(self, name: str, dest: Path, revision: str | None = None) -> Card:
-        """Put an expert's verified files into the empty folder `dest`; raises as `card` does, and leaves nothing then."""
+        """Put an expert's verified files into the empty folder `dest`; if it raises (as `card`), nothing is left."""
         ...
 
     def publish(self, name: str, folder: Path, expect: Version | None = None) -> Version:

@@ -1,0 +1,1 @@
+"""The verbs of `mole library`, one per file."""

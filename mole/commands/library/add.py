@@ -1,0 +1,52 @@
+"""`mole library add`: put an expert's folder, a run's expert or a PEFT folder into a library."""
+
+from pathlib import Path
+
+from mole.experts import Expert, ExpertLibrary, LibraryError, is_name, load_expert, proposal
+from mole.registry import config_dataclass
+
+
+@config_dataclass
+class LibraryAdd:
+    """What goes where, under which name, and what its card says beside what it says already."""
+
+    library: str
+    folder: str
+    name: str | None = None
+    tasks: tuple[str, ...] | None = None
+    tags: tuple[str, ...] | None = None
+    license: str | None = None
+    description: str | None = None
+    message: str | None = None
+    dry_run: bool = False
+
+
+def run(config: LibraryAdd) -> None:
+    """Checks the folder, completes its card, publishes it; prints one line."""
+    expert = load_expert(config.folder)
+    given = {key: getattr(config, key) for key in ("tasks", "tags", "license", "description", "message")}
+    changes = {key: value for key, value in given.items() if value is not None}
+    expert = expert.with_card(expert.card.edited(**changes)) if changes else expert
+    name = config.name or _own_name(expert, Path(config.folder))
+    library = ExpertLibrary.open(config.library)
+    told = f"{name} to {library.url}, revision {expert.revision[:8]}"
+    if library.exists() and name in library and library.card(name).revision == expert.revision:
+        print(f"unchanged: {name} is in {library.url} at revision {expert.revision[:8]}")
+        return
+    library.check_free(name)
+    if config.dry_run:
+        _ = expert.adapter
+        print(f"would add {told}")
+        return
+    library.add_expert(expert, name)
+    print(f"added {told}")
+
+
+def _own_name(expert: Expert, folder: Path) -> str:
+    """The expert's only task, made a name; else the folder's name. LibraryError if neither can be one."""
+    if len(expert.card.tasks) == 1:
+        return proposal(expert.card.tasks[0])
+    own = folder.expanduser().absolute().name
+    if is_name(own) and own != "expert":
+        return own
+    raise LibraryError(f"which name shall it have? add name=…, for instance name={proposal(own)}")

@@ -1,0 +1,68 @@
+"""`mole library list`: the experts of a library."""
+
+import sys
+from dataclasses import asdict, field
+from typing import Literal
+
+from pydantic import Field
+
+from mole.commands.library.output import COLUMNS, cell, print_json, print_table, sort_key
+from mole.experts import Card, Damaged, ExpertLibrary, UnknownExpert
+from mole.experts.filters import keep
+from mole.registry import config_dataclass
+
+Values = tuple[str, ...] | str | None
+
+
+@config_dataclass
+class Where:
+    """Which experts: values of one key are alternatives, keys are conditions; None: no condition."""
+
+    names: Values = None
+    backbone: Values = None
+    method: Values = None
+    tasks: Values = None
+    tags: Values = None
+    license: Values = None
+    kind: Values = None
+
+
+@config_dataclass
+class LibraryList:
+    """Which library, which of its experts, and how they are shown."""
+
+    library: str
+    where: Where = field(default_factory=Where)
+    sort: Literal["name", "created", "rank", "parameters", "score", "size"] = "name"
+    limit: int | None = Field(default=None, ge=1)
+    columns: tuple[Literal["name", "backbone", "method", "rank", "tasks", "score", "size", "revision"], ...] = COLUMNS
+    format: Literal["table", "json", "names"] = "table"
+
+
+def run(config: LibraryList) -> None:
+    """Prints the experts; a damaged card is told on stderr and does not hide the others."""
+    library = ExpertLibrary.open(config.library)
+    cards = _cards(library)
+    where = {key: value for key, value in asdict(config.where).items() if value is not None}
+    cards = keep(cards, where) if where else cards
+    names = sorted(cards, key=lambda name: (*sort_key(config.sort, name, cards[name]), name))[: config.limit]
+    if config.format == "json":
+        print_json([{"name": name, **cards[name].to_dict()} for name in names])
+    elif config.format == "names":
+        print("".join(f"{name}\n" for name in names), end="")
+    elif not names:
+        print(f"{library.url} has no expert yet; mole library add {library.url} <expert folder> adds one")
+    else:
+        print_table(config.columns, [[cell(column, name, cards[name]) for column in config.columns] for name in names])
+
+
+def _cards(library: ExpertLibrary) -> dict[str, Card]:
+    cards = {}
+    for name in library.names():
+        try:
+            cards[name] = library.card(name)
+        except UnknownExpert:  # removed since the listing
+            continue
+        except Damaged as error:
+            print(f"damaged: {error}", file=sys.stderr)
+    return cards
