@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from mole import secrets
 from mole.command import Command
 from mole.registry import DATASETS, config_dataclass, nearest
+from mole.yaml_files import conf_dir as conf_dir
 
 _SHOWN = 80  # characters of a wrong value that an error shows
 
@@ -73,16 +74,9 @@ def chosen_datasets(config: Any) -> dict[str, Any]:
     return {getattr(config.dataset, "task", None) or config.dataset.name: config.dataset}
 
 
-def conf_dir() -> Path:
-    """The packaged `conf/`, as an absolute path. Raises FileNotFoundError."""
-    from mole import engine  # Hydra: not needed by those who only check or derive seeds
-
-    return engine.conf_dir()
-
-
 def compose(command: str, overrides: Sequence[str] = (), config_dirs: Sequence[str | Path] = ()) -> dict[str, Any]:
     """The configuration of a command ("train-expert") as plain, resolved data. Raises ValueError, Hydra's errors."""
-    from mole import engine
+    from mole import engine  # Hydra: not needed by those who only check or derive seeds
 
     return engine.compose(Command(command).config_name, overrides, config_dirs)
 
@@ -91,12 +85,14 @@ def validate(
     schema: type | str,
     node: Mapping[str, Any],
     options: Mapping[str, list[str]] | None = None,
+    required: Sequence[str] = (),
     where: Callable[[str], str] = lambda key: "",
 ) -> Any:
     """A composed configuration as plain data → the frozen dataclass `schema`, or that of the command of this name.
 
-    `options` maps each group of the command to its options, for the messages; `where` maps a dotted key to what stands
-    behind its problem (the file and line it came from). Raises ConfigProblems with everything that is wrong.
+    For the messages: `options` maps each group of the command to its options, `required` are groups that must be chosen
+    though the schema cannot say so, `where` maps a dotted key to what stands behind its problem (the file and line it
+    came from). Raises ConfigProblems with everything that is wrong.
     """
     if isinstance(schema, str):
         schema, _ = Command(schema).load()
@@ -104,7 +100,9 @@ def validate(
     try:
         config = TypeAdapter(schema).validate_json(json.dumps(node))
     except ValidationError as error:
-        lines += _Reader(node, options or {}, where).lines(error, schema)
+        open_groups = [g for g in required if not node.get(g) and not node.get(f"{g}s")]
+        lines += _Reader(node, options or {}, where).lines(error)
+        lines += [_not_chosen(group, (options or {}).get(group, [])) for group in open_groups]
     except TypeError as error:
         raise ConfigProblems([f"the configuration is not plain data: {error}"]) from None
     else:
@@ -124,7 +122,7 @@ class _Reader:
     def __init__(self, node: Mapping[str, Any], options: Mapping[str, list[str]], where: Callable[[str], str]):
         self.node, self.options, self.where = node, options, where
 
-    def lines(self, error: ValidationError, schema: type) -> list[str]:
+    def lines(self, error: ValidationError) -> list[str]:
         errors = error.errors(include_url=False)
         paths = [self._path(e) for e in errors]
         surplus = {p for p, e in zip(paths, errors, strict=True) if e["type"] == "unexpected_keyword_argument"}
@@ -134,7 +132,7 @@ class _Reader:
         lines = []
         for same in found.values():  # a value that fits no member of a union has an error for each of them
             lines += self._problem(same[0][0], [one for _, one in same], surplus)
-        return lines + self._open_choices(schema)
+        return lines
 
     def _path(self, error: Any) -> tuple[str, ...]:
         """The dotted key of an error: pydantic's location less the names of union members."""
@@ -190,15 +188,6 @@ class _Reader:
 
     def _hint(self, path: tuple[str, ...]) -> str:
         return f"; give it with {'.'.join(path)}=…"
-
-    def _open_choices(self, schema: type) -> list[str]:
-        """A command that takes `dataset` or `datasets` has neither: the schema's own rule may not have been reached."""
-        fields = getattr(schema, "__dataclass_fields__", {})
-        return [
-            _not_chosen(group, options)
-            for group, options in self.options.items()
-            if group in fields and f"{group}s" in fields and not self.node.get(group) and not self.node.get(f"{group}s")
-        ]
 
 
 _WANTED = {

@@ -20,6 +20,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from mole import yaml_files
 from mole.overrides import rewrite
+from mole.yaml_files import conf_dir
 
 # mole owns the run's folder and log: no `.hydra/` (it would keep what was typed), no log set-up, no folder of Hydra's.
 QUIET = ("hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.run.dir=.")
@@ -34,15 +35,6 @@ class UserFolders(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for folder in reversed(self.folders):
             search_path.prepend("mole-user", f"file://{folder}", SearchPathQuery(provider="main"))
-
-
-def conf_dir() -> Path:
-    """`conf/` in the package (installed) or beside it (source tree), absolute. Raises FileNotFoundError."""
-    package = Path(__file__).resolve().parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "launcher" / "auto.yaml").is_file():
-            return folder
-    raise FileNotFoundError(f"mole is not installed whole: no conf/ in {package} or {package.parent}")
 
 
 @contextmanager
@@ -104,6 +96,11 @@ class Engine:
     def takes_several(self, group: str) -> bool:
         """Whether the command has a key in the plural, under which several options of the group find place."""
         return f"{group}s" in yaml_files.entries(self.primary_file())
+
+    def required(self) -> list[str]:
+        """Groups without a default that the command needs: those whose comment in its defaults list says so."""
+        own = yaml_files.defaults(self.primary_file())
+        return [group for group, comment in own.items() if comment.startswith("required")]
 
     def compose(self, overrides: Sequence[str] = ()) -> DictConfig:
         """The composed configuration, interpolations not yet resolved. Raises Hydra's and OmegaConf's errors."""

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,14 +37,15 @@ class Terminated(BaseException):
 class Plan:
     """What is to be run: a command and its composed configuration as plain data.
 
-    `auto_named`: the folder's name came from the clock, so that another may be taken if it exists. `options`, `where`:
-    for messages, as `config.validate` takes them. `parent`: the run whose configuration this one started from.
+    `auto_named`: the folder's name came from the clock, so that another may be taken if it exists. `parent`: the run
+    whose configuration this one started from. The rest is for messages, as `config.validate` takes it.
     """
 
     command: Command
     node: dict[str, Any]
     auto_named: bool = False
     options: Mapping[str, list[str]] = field(default_factory=dict)
+    required: Sequence[str] = ()
     where: Callable[[str], str] = lambda key: ""
     parent: str | None = None
 
@@ -63,7 +64,7 @@ class Outcome:
 def check(plan: Plan) -> Any:
     """The plan's configuration, validated. Raises ConfigProblems."""
     schema, _ = plan.command.load()
-    return validate(schema, plan.node, plan.options, plan.where)
+    return validate(schema, plan.node, plan.options, plan.required, plan.where)
 
 
 def start(plan: Plan) -> Outcome:
@@ -162,7 +163,7 @@ class _Life:
                 run.clear()
         else:
             if self.plan.auto_named:
-                self.run = run = _free(run)
+                self.run = run = free(run)
                 self.node["run"]["folder"] = str(run.path)
             run.create()
         try:
@@ -270,7 +271,7 @@ class _Life:
             write_atomically(self.run.record, json.dumps(self.before, indent=2, ensure_ascii=False) + "\n")
 
 
-def _free(run: RunFolder) -> RunFolder:
+def free(run: RunFolder) -> RunFolder:
     """The folder, or with `-2`, `-3` … behind its name the first that is free: two runs may start in one second."""
     number, path = 1, run.path
     while path.exists():

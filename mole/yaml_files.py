@@ -1,11 +1,13 @@
 """Reads what the YAML files of conf/ say beside their values: comments, and the lines on which keys stand."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+_DEFAULT = re.compile(r"^\s*- (?:optional )?/?([a-z][\w/]*):[^#]*(?:#\s*(.*))?$")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -18,6 +20,15 @@ class Entry:
     comment: str
     line: int
     is_leaf: bool
+
+
+def conf_dir() -> Path:
+    """`conf/` in the package (installed) or beside it (source tree), absolute. Raises FileNotFoundError."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "launcher" / "auto.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"mole is not installed whole: no conf/ in {package} or {package.parent}")
 
 
 def sentence(file: Path) -> str:
@@ -41,6 +52,20 @@ def entries(file: Path) -> dict[str, Entry]:
         return {}
     lines = text.splitlines()
     return {entry.key: entry for entry in _walk(root, "", lines) if entry.key.split(".")[0] != "defaults"}
+
+
+def defaults(file: Path) -> dict[str, str]:
+    """The groups of a file's defaults list, in order, each with its comment."""
+    found: dict[str, str] = {}
+    inside = False
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("defaults:"):
+            inside = True
+        elif inside and line and not line.startswith((" ", "-", "#")):
+            break
+        elif inside and (match := _DEFAULT.match(line)):
+            found[match[1]] = (match[2] or "").strip()
+    return found
 
 
 def _walk(node: yaml.MappingNode, prefix: str, lines: list[str]) -> Iterator[Entry]:

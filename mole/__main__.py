@@ -1,0 +1,8 @@
+"""`python -m mole`."""
+
+import sys
+
+from mole.cli import main
+
+if __name__ == "__main__":  # spawned workers import this file again
+    sys.exit(main())

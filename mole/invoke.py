@@ -1,0 +1,229 @@
+"""One command from its words and flags to its end, through the engine: help, views, a run, a sweep, a run again."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import mole
+from mole import engine as engines
+from mole import help as texts
+from mole import overrides as override_words
+from mole import runs, saved_config, secrets, sweep, yaml_files
+from mole.command import Command
+from mole.config import ConfigProblems
+from mole.registry import nearest
+from mole.run_folder import RunFolder
+
+
+def run(command: Command, given: argparse.Namespace, folders: Sequence[str]) -> int:
+    """Does what the line asks for and returns the exit code; prints what went wrong, without a traceback."""
+    lines: list[str] = []
+    try:
+        with engines.engine(command.config_name, folders) as engine:
+            call = _Call(command, given, engine)
+            try:
+                return call.do()
+            except ConfigProblems as error:
+                title = f"{command.name}: {len(error.lines)} problem(s) in the configuration"
+                lines = [title, *error.lines, *call.remarks()]
+            except (HydraException, OmegaConfBaseException) as error:
+                if os.environ.get("MOLE_FULL_ERROR"):
+                    raise
+                lines = list(explain(error, engine))
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        if isinstance(error, BrokenPipeError) or os.environ.get("MOLE_FULL_ERROR"):
+            raise
+        lines = str(error).splitlines()
+    say(lines)
+    return runs.USAGE
+
+
+def say(lines: Sequence[str]) -> None:
+    """A message to stderr: `mole:` before its first line, the others under it."""
+    if lines:
+        print(secrets.scrub("mole: " + "\n      ".join(lines)), file=sys.stderr)
+
+
+class _Call:
+    """One invocation: the words made into overrides, and what is done with them."""
+
+    def __init__(self, command: Command, given: argparse.Namespace, engine: engines.Engine):
+        self.command, self.given, self.engine = command, given, engine
+        self.overrides: list[str] = []
+        self.source: Path | None = given.resume or given.source
+
+    def do(self) -> int:
+        given, engine = self.given, self.engine
+        words = override_words.fill_operands(given.words, self.command.operands, f"mole {self.command.name}")
+        words += self._listing() if given.json else []
+        if given.source and given.resume:
+            raise ValueError("--from starts another run and --resume goes on with one: give one of them")
+        if self.source:
+            self._start_from(words)
+        self.overrides = override_words.rewrite(words, engine, sweep=given.multirun)
+        if given.help:
+            print(texts.full_command(self.command, engine, self.overrides, given.all))
+            return runs.DONE
+        if given.cfg:
+            quiet = [] if given.cfg == "job" else list(engines.QUIET)
+            package = given.package
+            engine.hydra.show_cfg(engine.config_name, [*self.overrides, *quiet], given.cfg, package, given.resolve)
+            return runs.DONE
+        if given.info:
+            engine.hydra.show_info(given.info, config_name=engine.config_name, overrides=self.overrides)
+            return runs.DONE
+        return self._sweep() if given.multirun else self._run()
+
+    def remarks(self) -> Iterator[str]:
+        """What stands behind the problems of a configuration that another version may have written."""
+        if self.source is None:
+            return
+        version = RunFolder(self.source).facts().get("versions", {}).get("mole")
+        if version is not None:
+            yield f"{self.source} was written by mole {version}; this is mole {mole.__version__}"
+
+    def _run(self) -> int:
+        plan = self._plan(self.engine.compose(self.overrides))
+        runs.check(plan)  # before the engine starts anything
+        outcomes: list[runs.Outcome] = []
+
+        def task(config: Any) -> None:
+            outcomes.append(runs.start(self._plan(config)))
+
+        self.engine.hydra.run(self.engine.config_name, task, [*self.overrides, *engines.QUIET, "hydra.mode=RUN"])
+        outcome = outcomes[0]
+        say(outcome.lines) if outcome.code else [print(line) for line in outcome.lines]
+        return outcome.code
+
+    def _sweep(self) -> int:
+        if self.given.resume:
+            raise ValueError("--resume continues one run; it cannot be combined with -m")
+        jobs = sweep.expand(self.engine, self.overrides)
+        first = self.engine.compose([o for o in jobs[0] if not o.lstrip("+~").startswith("hydra")])
+        plan = self._plan(first)
+        if not saved_config.has_folder(plan.node):
+            raise ValueError(
+                f"mole {self.command.name} leaves no run, so that there is nothing to sweep over: leave out -m"
+            )
+        sweep.check(self.command, self.engine, jobs, plan)
+        root = Path(f"{plan.node['run']['folder']}-sweep").expanduser()
+        if plan.auto_named:
+            root = runs.free(RunFolder(root)).path
+        code, table = sweep.run(self.command, self.engine, self.overrides, root, plan.parent)
+        print(f"{table}\n{root / sweep.RECORD}")
+        return code
+
+    def _plan(self, config: Any) -> runs.Plan:
+        """The plan of a composed configuration. Raises ConfigProblems if it holds or reads a secret."""
+        raw: Any = OmegaConf.to_container(config, resolve=False)
+        found = list(secrets.problems(raw))
+        if found:
+            raise ConfigProblems(found)
+        run_node = raw.get("run")
+        folder = run_node.get("folder") if isinstance(run_node, dict) else None
+        return runs.Plan(
+            self.command,
+            engines.plain(config),
+            auto_named="${now" in str(folder),
+            options={group: self.engine.options(group) for group in self.engine.groups()},
+            required=self.engine.required(),
+            where=lambda key: self.engine.locate(key, self.overrides),
+            parent=str(self.given.source) if self.given.source else None,
+        )
+
+    def _listing(self) -> list[str]:
+        """`--json` for a command that prints a listing."""
+        keys = yaml_files.entries(self.engine.primary_file())
+        if "format" in keys:
+            return ["format=json"]
+        raise ValueError(f"mole {self.command.name} prints no listing, so that --json cannot act")
+
+    def _start_from(self, words: Sequence[str]) -> None:
+        """Puts a run's saved configuration in the place of the command's own. Raises ValueError."""
+        assert self.source is not None
+        run = RunFolder(self.source)
+        if not run.config.is_file():
+            raise ValueError(f"{self.source} is no run: it has no {run.config.name}")
+        body, facts = saved_config.read(run.config), run.facts()
+        keys, groups = override_words.group_keys(words), self.engine.groups()
+        switched = [key for key in keys if key in groups]
+        if "experiment" in switched:
+            raise ValueError(
+                "experiment=… chooses for a whole configuration; with a saved one give its values one by one"
+            )
+        own = OmegaConf.load(self.engine.primary_file())
+        if facts.get("command", self.command.name) != self.command.name:
+            if self.given.resume:
+                raise ValueError(f"{self.source} is a run of mole {facts['command']}; continue it with that command")
+            body = {k: v for k, v in body.items() if k in groups or (k in own and k not in ("name", "run"))}
+        if self.given.resume:
+            refused = [key for key in keys if not saved_config.is_changeable(key)]
+            if refused:
+                raise ValueError(f"{', '.join(refused)} cannot change when a run goes on; use --from {self.source}")
+            body["run"] = {**body.get("run", {}), "folder": str(self.source.absolute()), "resume": "auto"}
+            body = _escaped(body)
+        else:
+            body = {**_escaped(body), "run": {**_escaped(body.get("run", {})), **_fresh(own)}}
+        self.engine.saved_run(body, switched)
+
+
+def _fresh(own: Any) -> dict[str, Any]:
+    """A new run's folder and start, as the command's own file has them."""
+    node: Any = OmegaConf.to_container(own, resolve=False)
+    return {key: node["run"][key] for key in ("folder", "resume") if key in node.get("run", {})}
+
+
+def _escaped(value: Any) -> Any:
+    """A resolved value in which no interpolation acts when it is composed again."""
+    if isinstance(value, dict):
+        return {key: _escaped(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_escaped(v) for v in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
+
+
+def explain(error: Exception, engine: engines.Engine) -> Iterator[str]:
+    """An error of the engine in a few lines, with what may have been meant."""
+    text = f"{error}\n{error.__cause__ or ''}"
+    if match := re.search(r"Could not (?:override|append to|delete from) (?:config\. )?.*?'([^']+)'", text):
+        key = match[1]
+        if "Could not append" in text:
+            yield f"+{key}: {key} is there already; write {key}=… without the plus"
+            return
+        yield f"Could not override '{key}'." if "override" in match[0] else f"~{key}: there is no {key} to take away"
+        yield from _near_keys(key, engine)
+    elif match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        known = engine.options(match[1])
+        near = nearest(match[2], known, 1)
+        hint = f"; did you mean {match[1]}={near[0]}?" if near else ""
+        yield f"{match[1]}={match[2]}: no such option{hint}   known: {', '.join(known) or 'none'}"
+    else:
+        yield from (line for line in str(error).splitlines()[:6] if line.strip())
+
+
+def _near_keys(key: str, engine: engines.Engine) -> Iterator[str]:
+    chosen = engine.groups()
+    top, _, rest = key.partition(".")
+    if top in chosen and chosen[top] is None:
+        named = " or ".join(f"{top}={option}" for option in engine.options(top))
+        yield f"{top} is not chosen yet; add {named}"
+        if engine.takes_several(top):
+            yield f"among several, say which: {top}s.<name>.{rest}=…"
+        return
+    node = OmegaConf.to_container(engine.compose(), resolve=False)
+    near = nearest(key, [*saved_config.leaves(node), *chosen], 1)
+    if near:
+        yield f"did you mean {near[0]}?"
+    elif top in chosen:
+        yield f"known: {', '.join(k for k in saved_config.leaves(node) if k.startswith(f'{top}.'))}"
+    else:
+        yield f"known: {', '.join([*chosen, *(k for k in node if k not in chosen)])}"  # type: ignore[union-attr]
