@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     DistributedType,
     DynamoBackend,
     GradientAccumulationPlugin,
@@ -45,11 +44,7 @@ def make_accelerator(config: TrainingConfig, device: torch.device, *, num_proces
         mixed_precision=PRECISION[config.precision],
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_plugin=TorchDynamoPlugin(backend=DynamoBackend.NO),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
-            # an expert that no token of this process chose has no gradient here
-            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
     )
     if accelerator.distributed_type not in PLAIN:
         raise ValueError(

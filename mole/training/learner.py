@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from mole.training.loss import Objective
@@ -23,7 +23,7 @@ class Learner:
     """A model under training. `parameters`: the trainable ones by name; `buffers`: what lies beside them."""
 
     model: nn.Module
-    objective: nn.Module
+    objective: Objective
     parameters: dict[str, nn.Parameter]
     buffers: dict[str, Tensor]
     optimizer: AcceleratedOptimizer
@@ -34,6 +34,30 @@ class Learner:
     def learning_rate(self) -> float:
         """The rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def sum_gradients(self) -> None:
+        """Every process gets the sum of all processes' gradients; what none of them used stays without one.
+
+        Once a step, in one message: what is trained beside a frozen backbone is small. Unlike DDP's buckets this
+        takes parameters that a process did not use (an expert that no token of it chose) as they come.
+        """
+        if self.accelerator.num_processes == 1:
+            return
+        parameters = list(self.parameters.values())
+        uses = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+        uses = self._summed(uses.to(self.accelerator.device)).tolist()
+        used = [parameter for parameter, count in zip(parameters, uses, strict=True) if count]
+        for dtype in sorted({parameter.dtype for parameter in used}, key=str):
+            members = [parameter for parameter in used if parameter.dtype == dtype]
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in members]
+            total = self._summed(torch.cat([gradient.flatten() for gradient in gradients]))
+            for parameter, part in zip(members, total.split([p.numel() for p in members]), strict=True):
+                parameter.grad = part.view_as(parameter).clone()
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        total = self.accelerator.reduce(tensor, "sum")
+        assert isinstance(total, Tensor)
+        return total
 
     # ---- state
     def weights(self) -> dict[str, Tensor]:
@@ -121,18 +145,19 @@ def build_learner(model: nn.Module, config: TrainingSettings, accelerator: Accel
     schedule = build_schedule(config.schedule, optimizer, total)
     prepared = accelerator.prepare_optimizer(optimizer)
     assert isinstance(prepared, AcceleratedOptimizer)
-    objective = Objective(model)
-    frozen = [name for name, tensor in objective.named_parameters() if not tensor.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, frozen)  # equal on every rank
-    return Learner(
+    learner = Learner(
         model=model,
-        objective=accelerator.prepare_model(objective, device_placement=False),
+        objective=Objective(model),
         parameters=parameters,
         buffers=_buffers_beside(model, parameters),
         optimizer=prepared,
         schedule=schedule,
         accelerator=accelerator,
     )
+    if accelerator.num_processes > 1:
+        for tensor in learner.weights().values():
+            tensor.copy_(broadcast(tensor.contiguous()))
+    return learner
 
 
 def _buffers_beside(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

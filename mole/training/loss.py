@@ -37,26 +37,24 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(chosen, targets[counted], reduction="sum")
 
 
-class Objective(nn.Module):
-    """A model with its loss inside: what is wrapped for several processes and for autocast in the model's place.
-
-    So the model's own `forward` stays its own, and logits never leave the wrapper.
-    """
+class Objective:
+    """A model and its loss."""
 
     def __init__(self, model: nn.Module):
-        super().__init__()
         self.model = model
         named = inspect.signature(model.forward).parameters
-        self.takes = set(named) if "input_ids" in named else None
-        self.without_cache = {"use_cache": False} if "use_cache" in named else {}
+        self._takes = set(named) if "input_ids" in named else None
+        self._without_cache = {"use_cache": False} if "use_cache" in named else {}
 
-    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """`batch`: labels [B, T] and the model's inputs; a model that names `input_ids` gets only what it names.
 
         Returns the sum of the token losses, and the model's `auxiliary_loss` (a mean over tokens) if it gives one.
         """
         inputs = {
-            key: value for key, value in batch.items() if key != "labels" and (self.takes is None or key in self.takes)
+            key: value
+            for key, value in batch.items()
+            if key != "labels" and (self._takes is None or key in self._takes)
         }
-        output = self.model(**inputs, **self.without_cache)
+        output = self.model(**inputs, **self._without_cache)
         return token_loss(output.logits, batch["labels"]), getattr(output, "auxiliary_loss", None)

@@ -64,12 +64,8 @@ def take_step(learner: Learner, batches: Batches, census: Census, clip_norm: flo
     optimizer.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     auxiliary_total: Tensor | None = None
-    for turn, batch in enumerate(batches):
-        if turn + 1 < len(batches):
-            with accelerator.no_sync(learner.objective):
-                loss, auxiliary = _one_batch(learner, batch, census)
-        else:
-            loss, auxiliary = _one_batch(learner, batch, census)
+    for batch in batches:
+        loss, auxiliary = _one_batch(learner, batch, census)
         total += loss
         if auxiliary is not None:
             auxiliary_total = auxiliary if auxiliary_total is None else auxiliary_total + auxiliary
@@ -79,6 +75,7 @@ def take_step(learner: Learner, batches: Batches, census: Census, clip_norm: flo
             f"the loss is {mean}: lower training.learning_rate, set training.clip_norm, or use "
             f"training.precision=fp32; the weights before this step are kept"
         )
+    learner.sum_gradients()
     rate = learner.learning_rate
     norm = accelerator.clip_grad_norm_(learner.parameters.values(), math.inf if clip_norm is None else clip_norm)
     if first and accelerator.scaler is None:
@@ -98,14 +95,14 @@ def take_step(learner: Learner, batches: Batches, census: Census, clip_norm: flo
 def _one_batch(learner: Learner, batch: dict[str, Any], census: Census) -> tuple[Tensor, Tensor | None]:
     """Forward and backward of one micro-batch; its share of the step's loss and auxiliary loss, on the CPU."""
     accelerator = learner.accelerator
-    token_losses, auxiliary = learner.objective(to_device(batch, accelerator.device))
+    with accelerator.autocast():
+        token_losses, auxiliary = learner.objective(to_device(batch, accelerator.device))
     share = token_losses / census.supervised
     loss, weighted = share, None
     if auxiliary is not None:
         weighted = auxiliary * (valid_tokens(batch) / census.valid)
         loss = loss + weighted
-    # several processes: their gradients get averaged, and the step wants their sum
-    accelerator.backward(loss * accelerator.num_processes)
+    accelerator.backward(loss)
     return _noted(share), None if weighted is None else _noted(weighted)
 
 

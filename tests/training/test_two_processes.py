@@ -29,7 +29,7 @@ def launched(tmp_path_factory) -> tuple[Path, dict]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONWARNINGS", "error:find_unused")
+        patch.setenv("PYTHONWARNINGS", "error")
         return root, elastic_launch(setup, worker)(str(root))
 
 
