@@ -2,6 +2,7 @@
 
 from mole.data import csv, generated, hub, jsonl, parquet, text
 from mole.data.batches import collate, epoch_order
+from mole.data.joined import joined
 from mole.data.load import load, load_many
 from mole.data.samples import IGNORED, DataSplits, Sample, Split
 
@@ -15,6 +16,7 @@ __all__ = [
     "epoch_order",
     "generated",
     "hub",
+    "joined",
     "jsonl",
     "load",
     "load_many",

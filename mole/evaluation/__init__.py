@@ -2,6 +2,18 @@
 
 from mole.evaluation.exact_match import completions, exact_match
 from mole.evaluation.loss import TaskLoss, mean_loss, total
+from mole.evaluation.reload import check_reloaded
 from mole.evaluation.table import HIGHER_IS_BETTER, Table
+from mole.evaluation.validation import Validation
 
-__all__ = ["HIGHER_IS_BETTER", "Table", "TaskLoss", "completions", "exact_match", "mean_loss", "total"]
+__all__ = [
+    "HIGHER_IS_BETTER",
+    "Table",
+    "TaskLoss",
+    "Validation",
+    "check_reloaded",
+    "completions",
+    "exact_match",
+    "mean_loss",
+    "total",
+]

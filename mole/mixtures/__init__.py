@@ -5,6 +5,7 @@ from mole.mixtures.bank import LoraBank
 from mole.mixtures.cache import TwoStreamCache
 from mole.mixtures.files import Origin, load_mixture, origins_of, save_mixture
 from mole.mixtures.model import MultiExpertModel
+from mole.mixtures.opening import experts_of, mixture_of, open_model, pinned
 
 __all__ = [
     "LoraBank",
@@ -12,7 +13,11 @@ __all__ = [
     "MultiExpertModel",
     "Origin",
     "TwoStreamCache",
+    "experts_of",
     "load_mixture",
+    "mixture_of",
+    "open_model",
     "origins_of",
+    "pinned",
     "save_mixture",
 ]

@@ -60,12 +60,13 @@ def save_mixture(
     backbone: Backbone,
     *,
     origins: Mapping[str, Origin] | None = None,
+    replace: bool = False,
     **facts: Any,
 ) -> Card:
     """Writes the mixture as the new folder `folder`, whole or not at all; returns its card.
 
     `origins` tells where experts come from, by name; `facts` go to the card (description, scores, data, training …).
-    Raises FileExistsError if the folder exists.
+    Raises FileExistsError if the folder exists, unless `replace` is set.
     """
     origins = dict(origins or {})
     experts = tuple(
@@ -95,7 +96,7 @@ def save_mixture(
             (target / name).write_bytes(data)
         write_card(card, target)
 
-    write_folder_atomically(folder, fill)
+    write_folder_atomically(folder, fill, replace=replace)
     return card
 
 

@@ -1,0 +1,205 @@
+"""`mole build-moe`, `mole xlora-train`: the experts of a library under a router → a mixture, trained if the router learns."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from mole import backbones, data, mixtures
+from mole.backbones import Backbone
+from mole.config import LauncherConfig, RunConfig, chosen_datasets, seed_for
+from mole.data import DataSplits, Sample
+from mole.evaluation import Validation, check_reloaded, mean_loss
+from mole.experts import Expert, ExpertLibrary
+from mole.mixtures import MultiExpertModel
+from mole.registry import BACKBONES, DATASETS, LIBRARIES, OPTIMIZERS, ROUTERS, SCHEDULES, TRACKERS, config_dataclass
+from mole.routing.log import RoutingLog
+from mole.run_folder import RunFolder
+from mole.training import FitResult, TrainingConfig, TrainingData, fit, make_accelerator
+
+Collate = Callable[[list[Sample]], dict[str, Any]]
+
+
+@config_dataclass
+class BuildMoe:
+    """Experts, a router, and what trains it."""
+
+    backbone: BACKBONES.union()  # type: ignore[valid-type]
+    library: LIBRARIES.union()  # type: ignore[valid-type]
+    router: ROUTERS.union()  # type: ignore[valid-type]
+    dataset: DATASETS.union() | None = None  # type: ignore[valid-type]
+    training: TrainingConfig
+    optimizer: OPTIMIZERS.union()  # type: ignore[valid-type]
+    schedule: SCHEDULES.union()  # type: ignore[valid-type]
+    tracker: TRACKERS.union()  # type: ignore[valid-type]
+    launcher: LauncherConfig
+    datasets: dict[str, DATASETS.union()] = dataclasses.field(default_factory=dict)  # type: ignore[valid-type]
+    name: str = "mixture"
+    experts: tuple[str, ...] | None = None
+    train: Literal["router", "experts", "both"] = "router"
+    kernel: Literal["auto", "loop", "stacked"] = "auto"
+    allow_other_backbone: bool = False
+    log_every: Annotated[int, Field(ge=1)] | None = 20
+    log_examples: Annotated[int, Field(ge=0)] = 16
+    seed: int = 0
+    run: RunConfig
+
+    def __post_init__(self):
+        if self.learns and not self.datasets:
+            chosen_datasets(self)
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything to train."""
+        return ROUTERS[self.router.name].implementation.learned or self.train != "router"  # type: ignore[attr-defined]
+
+
+def run(config: BuildMoe) -> float | None:
+    """Builds the mixture, trains it if its router learns, leaves `mixture/` (checked) and the routing log.
+
+    Returns the best validation score; None where nothing was trained.
+    """
+    run = RunFolder(config.run.folder)
+    experts = mixtures.experts_of(ExpertLibrary.open(config.library.url), config.experts)
+    accelerator = make_accelerator(config.training, backbones.resolve_device(config.backbone.device))
+    backbone = backbones.load(config.backbone)
+    model = _mixture(config, backbone, experts)
+    chosen = chosen_datasets(config) if config.dataset or config.datasets else {}
+    datasets = data.load_many(chosen, backbone.tokenizer, seed=config.seed, context_length=backbone.context_length)
+    collate = partial(data.collate, pad_token_id=backbone.tokenizer.pad_token_id)
+    log = RoutingLog(model.sites, model.expert_names)
+    result = None
+    if config.learns:
+        with _listening(model, TrainingForwards(log, config.log_every) if accelerator.is_main_process else None):
+            result = _train(config, model, datasets, collate, accelerator, run)
+    else:
+        run.update(status="running")
+    if accelerator.is_main_process:
+        _log_examples(model, datasets, collate, log, config)
+        if len(log):
+            log.flush(run.scalings / "log", overwrite=True, decode=partial(_texts, backbone.tokenizer))
+        _keep(config, run, model, backbone, experts, datasets, collate, result)
+        if result is not None:
+            run.update(result=dataclasses.asdict(result))
+    return result.best_score if result else None
+
+
+class TrainingForwards:
+    """Passes every n-th training forward on to the routing log; evaluations in between are not logged."""
+
+    def __init__(self, log: RoutingLog, every: int | None):
+        self.log, self.every, self.count = log, every, 0
+
+    def record(self, scalings: torch.Tensor, *, phase: str, **facts: Any) -> None:
+        """As `RoutingLog.record`."""
+        if phase != "train" or self.every is None:
+            return
+        if self.count % self.every == 0:
+            self.log.record(scalings, phase=phase, **facts)
+        self.count += 1
+
+
+@contextmanager
+def _listening(model: MultiExpertModel, listener: Any) -> Iterator[None]:
+    """`listener` is told of every forward of the body; None: nobody is."""
+    if listener is None:
+        yield
+        return
+    model.listeners.append(listener)
+    try:
+        yield
+    finally:
+        model.listeners.remove(listener)
+
+
+def _mixture(config: BuildMoe, backbone: Backbone, experts: dict[str, Expert]) -> MultiExpertModel:
+    """The mixture with a router at its seeded start."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for("init", config.seed))
+        return mixtures.mixture_of(
+            experts,
+            backbone,
+            config.router,
+            kernel=config.kernel,
+            train=config.train if config.learns else "none",
+            allow_other_backbone=config.allow_other_backbone,
+        )
+
+
+def _train(
+    config: BuildMoe,
+    model: MultiExpertModel,
+    datasets: dict[str, DataSplits],
+    collate: Collate,
+    accelerator: Any,
+    run: RunFolder,
+) -> FitResult:
+    train, held_out = (data.joined(datasets.values(), split) for split in ("train", "validation"))
+    return fit(
+        model,
+        TrainingData(train, collate, lambda epoch: data.epoch_order(len(train), epoch, seed_for("data", config.seed))),
+        config,
+        run,
+        accelerator=accelerator,
+        seed=config.seed,
+        evaluate=Validation(model, held_out, collate, config.training.batch_size) if held_out else None,
+        resume=config.run.resume == "auto",
+    )
+
+
+def _log_examples(
+    model: MultiExpertModel, datasets: dict[str, DataSplits], collate: Collate, log: RoutingLog, config: BuildMoe
+) -> None:
+    """The routing of the first validation examples of each dataset, as the finished mixture routes them."""
+    for splits in datasets.values():
+        examples = list((splits.validation or splits.train)[: config.log_examples])
+        if examples:
+            with _listening(model, log):
+                mean_loss(model, examples, collate, batch_size=config.training.batch_size)
+
+
+def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text of each token by itself."""
+    return [tokenizer.decode([token]) for token in ids]
+
+
+def _keep(
+    config: BuildMoe,
+    run: RunFolder,
+    model: MultiExpertModel,
+    backbone: Backbone,
+    experts: dict[str, Expert],
+    datasets: dict[str, DataSplits],
+    collate: Collate,
+    result: FitResult | None,
+) -> None:
+    """Writes `mixture/` and checks that it gives what was built; `mixture.rejected/` holds what does not."""
+    training = {"seed": config.seed}
+    if result is not None:
+        training |= {"steps": result.steps, "tokens": result.tokens, "learning_rate": config.training.learning_rate}
+    mixtures.save_mixture(
+        model,
+        run.mixture,
+        backbone,
+        origins=mixtures.pinned(experts, config.library.url),
+        replace=config.run.resume == "auto",
+        training=training,
+    )
+    fresh = mixtures.load_mixture(
+        run.mixture, backbones.load(config.backbone), kernel=config.kernel, allow_other_backbone=True
+    )
+    first = next((list(splits.train[:4]) for splits in datasets.values()), None)
+    batch = collate(first) if first else {"input_ids": torch.arange(4)[None], "task_names": list(_some_task(model))}
+    try:
+        check_reloaded(model, fresh, batch)
+    except ValueError:
+        run.mixture.rename(run.mixture.with_name("mixture.rejected"))
+        raise
+
+
+def _some_task(model: MultiExpertModel) -> tuple[str, ...]:
+    return next((tasks[:1] for tasks in model.shape.expert_tasks if tasks), ("",))

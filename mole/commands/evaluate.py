@@ -1,0 +1,119 @@
+"""`mole evaluate`: a table of tasks × the backbone, each expert, their uniform mixture, the oracle, and the mixture."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from rich.console import Console
+
+from mole import backbones, data, mixtures
+from mole.backbones import Backbone
+from mole.config import RunConfig, chosen_datasets
+from mole.data import DataSplits, Sample
+from mole.evaluation import Table, exact_match, mean_loss, total
+from mole.mixtures import MultiExpertModel
+from mole.registry import BACKBONES, DATASETS, config_dataclass
+from mole.routers import TaskConfig, TaskRouter, UniformConfig, UniformRouter
+from mole.run_folder import RunFolder
+
+Row = Literal["base", "experts", "uniform", "oracle", "mixture"]
+Routed = Callable[[], AbstractContextManager[Any]]
+
+
+@config_dataclass
+class Evaluate:
+    """What is compared, on what, by which metric."""
+
+    backbone: BACKBONES.union()  # type: ignore[valid-type]
+    dataset: DATASETS.union() | None = None  # type: ignore[valid-type]
+    datasets: dict[str, DATASETS.union()] = dataclasses.field(default_factory=dict)  # type: ignore[valid-type]
+    model: str
+    name: str = "evaluation"
+    rows: tuple[Row, ...] | None = None
+    metric: Literal["loss", "exact_match"] = "loss"
+    split: Literal["train", "validation", "test"] = "test"
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+    allow_other_backbone: bool = False
+    seed: int = 0
+    run: RunConfig
+
+    def __post_init__(self):
+        chosen_datasets(self)
+
+
+def run(config: Evaluate) -> float | None:
+    """Evaluates every row on every dataset; prints the table, writes evaluation.json, table.md and table.csv.
+
+    Returns the mean of the last row.
+    """
+    run = RunFolder(config.run.folder)
+    backbone = backbones.load(config.backbone)
+    model = mixtures.open_model(config.model, backbone, allow_other_backbone=config.allow_other_backbone)
+    datasets = data.load_many(
+        chosen_datasets(config), backbone.tokenizer, seed=config.seed, context_length=backbone.context_length
+    )
+    splits = {name: _samples(name, one, config) for name, one in datasets.items()}
+    compared = dict(_rows(model, config.rows))
+    run.update(status="running")
+    rows: dict[str, dict[str, float]] = {}
+    for row, routed in compared.items():
+        with routed():
+            rows[row] = {name: _score(model, samples, backbone, config) for name, samples in splits.items()}
+    table = Table(config.metric, rows)
+    table.write(run)
+    Console().print(table.rendered())
+    return table.mean(list(rows)[-1])
+
+
+def _samples(name: str, splits: DataSplits, config: Evaluate) -> Sequence[Sample]:
+    samples = getattr(splits, config.split)
+    if not samples:
+        known = [split for split in ("train", "validation", "test") if getattr(splits, split)]
+        raise ValueError(f"dataset {name} has no {config.split} split: choose split={' or '.join(known)}")
+    return samples[: config.limit]
+
+
+def _rows(model: MultiExpertModel, wanted: Sequence[Row] | None) -> Iterator[tuple[str, Routed]]:
+    """Row name → the context in which the model is that row. Raises ValueError for rows that this model cannot give."""
+    several = len(model.expert_names) > 1
+    can: list[str] = ["base", "experts"]
+    if several:
+        can += ["uniform", *(["oracle"] if any(model.shape.expert_tasks) else [])]
+        can += ["mixture"] if any(True for r in model.routers().values() for _ in r.parameters()) else []
+    for row in wanted or ():
+        if row not in can:
+            raise ValueError(f"rows: this model has no row {row!r} (it has {', '.join(can)})")
+    for row in can:
+        if wanted is not None and row not in wanted:
+            continue
+        if row == "base":
+            yield "base", model.experts_off
+        elif row == "experts":
+            for name in model.expert_names:
+                yield name, partial(model.fixed_routing, {name: 1.0})
+        elif row == "uniform":
+            yield "uniform", partial(model.routed_by, UniformRouter(UniformConfig(), model.shape))
+        elif row == "oracle":
+            yield "oracle", partial(model.routed_by, TaskRouter(TaskConfig(ambiguous="mean"), model.shape))
+        else:
+            yield "mixture", nullcontext
+
+
+def _score(model: MultiExpertModel, samples: Sequence[Sample], backbone: Backbone, config: Evaluate) -> float:
+    tokenizer = backbone.tokenizer
+    if config.metric == "loss":
+        collate = partial(data.collate, pad_token_id=tokenizer.pad_token_id)
+        return total(mean_loss(model, samples, collate, batch_size=config.batch_size).values()).loss
+    return exact_match(
+        model,
+        samples,
+        tokenizer,
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        inputs=lambda chosen: {"task_names": [sample.task for sample in chosen]},
+    )

@@ -1,0 +1,94 @@
+"""Open whatever a user calls a model: a run, a mixture, an expert, or a whole library; always as a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from mole.backbones import Backbone
+from mole.experts import Expert, ExpertLibrary, check_backbone, load_expert
+from mole.experts.folder import has_card, read_card
+from mole.mixtures.files import Origin, load_mixture
+from mole.mixtures.model import MultiExpertModel
+from mole.routers import UniformConfig
+
+
+def open_model(place: str, backbone: Backbone, *, allow_other_backbone: bool = False) -> MultiExpertModel:
+    """The model at `place` on `backbone`, in eval mode: a mixture as it was saved, an expert as a mixture of one.
+
+    `place` is a run folder (with mixture/ or expert/), a mixture's or an expert's folder, a plain PEFT folder, or
+    `<library>/<name>`; a library's folder gives the uniform mixture of all its experts. Raises ValueError if there is
+    nothing of these, or it was made for another backbone.
+    """
+    folder = Path(place).expanduser()
+    for candidate in (folder / "mixture", folder):
+        if has_card(candidate) and read_card(candidate).kind == "mixture":
+            return load_mixture(candidate, backbone, allow_other_backbone=allow_other_backbone)
+    if _is_library(folder):
+        experts = experts_of(ExpertLibrary.open(place), None)
+    else:
+        expert = load_expert(place)
+        experts = {expert.card.tasks[0] if expert.card.tasks else "expert": expert}
+    return mixture_of(
+        experts, backbone, UniformConfig(), train="none", allow_other_backbone=allow_other_backbone
+    ).eval()
+
+
+def experts_of(library: ExpertLibrary, names: Iterable[str] | None) -> dict[str, Expert]:
+    """Name → expert, in the order given; all adapters of the library by name if `names` is None.
+
+    Raises ValueError for an empty library, and for a name that it does not have.
+    """
+    wanted = list(names) if names is not None else [n for n, card in library.cards().items() if card.kind == "adapter"]
+    if not wanted:
+        raise ValueError(
+            f"the library {library.url} has no experts: add some with mole train-expert library={library.url}"
+        )
+    return {name: library.get_expert(name) for name in wanted}
+
+
+def mixture_of(
+    experts: dict[str, Expert],
+    backbone: Backbone,
+    router_config: object,
+    *,
+    kernel: str = "auto",
+    train: str = "router",
+    allow_other_backbone: bool = False,
+) -> MultiExpertModel:
+    """A new mixture of experts, each checked against the backbone. Raises ValueError, naming the expert."""
+    for name, expert in experts.items():
+        try:
+            check_backbone(expert.card, backbone.name, backbone.shapes, allow_other_backbone=allow_other_backbone)
+        except ValueError as error:
+            raise ValueError(f"expert {name!r}: {error}") from error
+    return MultiExpertModel(
+        backbone.model,
+        {name: expert.adapter for name, expert in experts.items()},
+        router_config,
+        tasks={name: expert.card.tasks for name, expert in experts.items()},
+        kernel=kernel,
+        train=train,
+    )
+
+
+def pinned(experts: dict[str, Expert], library: str | None) -> dict[str, Origin]:
+    """Where the experts of a mixture come from; `library` is its address as given, left out if it is a path."""
+    source = library if library and "://" in library else None
+    return {
+        name: Origin(
+            name=name,
+            tasks=expert.card.tasks,
+            library=source,
+            revision=expert.revision,
+            content=expert.card.content,
+        )
+        for name, expert in experts.items()
+    }
+
+
+def _is_library(folder: Path) -> bool:
+    """A folder with experts in it that is none itself."""
+    if not folder.is_dir() or has_card(folder) or (folder / "adapter_config.json").is_file():
+        return False
+    return not has_card(folder / "expert") and any(has_card(entry) for entry in folder.iterdir() if entry.is_dir())
