@@ -37,14 +37,19 @@ class UserFolders(SearchPathPlugin):
             search_path.prepend("mole-user", f"file://{folder}", SearchPathQuery(provider="main"))
 
 
+def folders() -> tuple[Path, ...]:
+    """Where configurations are looked for inside `with engine(…)`: the user's folders, then the packaged conf/."""
+    return (*UserFolders.folders, conf_dir())
+
+
 @contextmanager
-def engine(command: str, folders: Sequence[str | Path] = ()) -> Iterator["Engine"]:
-    """Hydra's engine for one command (the name of its primary config) over `folders`, before the packaged conf/.
+def engine(command: str, user_folders: Sequence[str | Path] = ()) -> Iterator["Engine"]:
+    """Hydra's engine for one command (the name of its primary config); `user_folders` come before the packaged conf/.
 
     Raises ValueError if a folder does not exist. May be used inside itself.
     """
     found = []
-    for folder in folders:
+    for folder in user_folders:
         path = Path(folder).expanduser().resolve()
         if not path.is_dir():
             raise ValueError(f"no such folder of configurations: {folder}")

@@ -218,6 +218,8 @@ class _Life:
             return self._failed(error, is_owner)
         if is_owner:
             self._end("finished", objective=value if isinstance(value, int | float) else None)
+        if is_owner:
+            logger.info("finished: %s", self.run.path)
         return Outcome(DONE, "finished", value, self.run.path)
 
     def _stopped(self, number: int, checkpoint: Path | None) -> Outcome:

@@ -127,7 +127,9 @@ def read(root: Path) -> list[dict[str, Any]]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """One row for each job, and under it what went wrong."""
+    """One row for each job, with the overrides that not all jobs share; under it what went wrong."""
+    shared = set.intersection(*(set(line["overrides"]) for line in lines)) if len(lines) > 1 else set()
+    lines = [{**line, "overrides": [o for o in line["overrides"] if o not in shared]} for line in lines]
     rows = [_COLUMNS, *(tuple(_cell(line[column]) for column in _COLUMNS) for line in lines)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     shown = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

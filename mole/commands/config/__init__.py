@@ -1,0 +1,1 @@
+"""`mole config …`: what there is to choose from."""
