@@ -25,17 +25,13 @@ def longest(max_length: int | None, context_length: int | None) -> int | None:
     return min(bounds) if bounds else None
 
 
-def start_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts before a text: its beginning-of-sequence token, or nothing."""
-    ids = tokenizer("a")["input_ids"]
-    return [ids[0]] if ids and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
-
-
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of `text` after the tokenizer's start, which is never doubled."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    start = start_ids(tokenizer)
-    return ids if start and ids[:1] == start else start + ids
+    """The ids of `text` with what the tokenizer itself puts before it, which is never doubled, and nothing after it."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids = ids[1:]
+    added_end = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
+    return ids[:-1] if added_end else ids
 
 
 def end_id(tokenizer: Any) -> int:
@@ -61,7 +57,7 @@ def encode_pair(
     if together[: len(prompt_ids)] == prompt_ids:
         ids = together
     else:
-        ids = prompt_ids + tokenizer(completion, add_special_tokens=False)["input_ids"]
+        ids = prompt_ids + tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
     end = end_id(tokenizer)
     if completion and ids[-1:] != [end]:
         ids = [*ids, end]
@@ -130,7 +126,8 @@ def _nothing_to_supervise(name: str, lost: list[Encoded], total: int, allowed: f
         f"dataset {name}: {len(lost)} of {total} examples have no supervised token, more than "
         f"max_unsupervised={allowed:g} allows\n"
         f"the first, {first.where}: {first.reason}: {shown!r}\n"
-        "raise max_length if prompts are cut, check the format, or raise dataset.max_unsupervised to drop them"
+        "check the format, and raise dataset.max_length if prompts are cut"
+        + (", or raise dataset.max_unsupervised to drop them" if allowed else "")
     )
 
 

@@ -49,7 +49,7 @@ def render(tokenizer: Any, messages: list[dict[str, str]], prompting: bool = Fal
     if not messages and not prompting:
         return []
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def ends_turn(tokenizer: Any, labels: list[int]) -> bool:

@@ -186,6 +186,7 @@ def _source_target(record: Record) -> tuple[str, str]:
 
 
 def _alpaca(record: Record) -> tuple[str, str]:
+    """Alpaca's headings without its opening paragraph, which is the same for every record and tells a model nothing."""
     instruction, given = text_field(record, "instruction"), text_field(record, "input", optional=True)
     middle = f"### Input:\n{given}\n\n" if given else ""
     return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n", text_field(record, "output")

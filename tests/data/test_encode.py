@@ -1,7 +1,9 @@
 """Labels, truncation, and refusal of data with nothing to supervise; against ids written out by hand."""
 
+import copy
+
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mole.data import IGNORED
@@ -34,6 +36,14 @@ def test_only_the_completion_and_the_end_token_are_supervised(tokenizer):
 def test_a_start_or_end_token_in_the_text_is_not_doubled(tokenizer):
     ids = pair(tokenizer, "<bos>ab", "cd<eos>").sample.input_ids
     assert ids == pair(tokenizer, "ab", "cd").sample.input_ids
+
+
+def test_an_end_token_that_the_tokenizer_adds_stands_at_the_end_alone(merging):
+    adding = copy.deepcopy(merging.backend_tokenizer)
+    adding.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
+    sample = pair(PreTrainedTokenizerFast(tokenizer_object=adding, eos_token="<end>"), "c", "ab").sample
+    assert sample.prompt_ids == (3,)
+    assert sample.input_ids == (3, 4, 0)
 
 
 def test_prompt_ids_stay_a_prefix_where_a_token_would_straddle_the_border(merging):
