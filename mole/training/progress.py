@@ -1,18 +1,21 @@
-"""What the user sees while it trains: a live line on a terminal, a plain one now and then elsewhere."""
+"""What the user sees while it trains: a live line on a terminal, a plain line of the log now and then elsewhere."""
 
+import logging
 import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class TrainingProgress:
     """Shows steps and evaluations of a run of `total` steps; an inactive one is silent.
 
-    `console`: where to; by default the terminal's error stream, so that standard output stays the results'.
+    `console`: where the live line goes if it is a terminal; by default the error stream, so that standard output
+    stays the results'. Everything but the live line is in the log too.
     """
 
     def __init__(self, total: int, active: bool = True, console: Console | None = None):
@@ -22,7 +25,7 @@ class TrainingProgress:
         self._last_line = -SECONDS_BETWEEN_LINES
 
     def __enter__(self) -> "TrainingProgress":
-        if self.active and self.console.is_terminal:
+        if self.active and self.console.is_terminal and not self.console.is_dumb_terminal and not _is_quiet():
             bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -52,17 +55,26 @@ class TrainingProgress:
             self._bar.update(self._task, completed=step, facts=facts)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self.console.print(f"step {step}/{self.total}  {facts}", soft_wrap=True)
+            log.info("step %d/%d  %s", step, self.total, facts)
 
     def evaluation(self, step: int, metrics: dict[str, Any], best: bool) -> None:
         """After each evaluation."""
-        if self.active:
-            scores = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            self.console.print(
-                f"step {step}/{self.total}  evaluation: {scores}{'  (best)' if best else ''}", soft_wrap=True
-            )
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.say(f"step {step}/{self.total}  evaluation: {scores}{'  (best)' if best else ''}")
 
     def say(self, message: str) -> None:
         """One line."""
-        if self.active:
-            self.console.print(message, soft_wrap=True)
+        if not self.active:
+            return
+        if self._bar is None:
+            log.info(message)
+        else:
+            self.console.print(message, soft_wrap=True, markup=False)
+            log.debug(message)  # to the file alone: the screen has it
+
+
+def _is_quiet() -> bool:
+    """Whether the log's own screen, if it has one, shows warnings only: then no live line either."""
+    handlers = logging.getLogger("mole").handlers
+    screens = [h for h in handlers if isinstance(h, logging.StreamHandler) and not isinstance(h, logging.FileHandler)]
+    return bool(screens) and all(handler.level > logging.INFO for handler in screens)
