@@ -66,10 +66,11 @@ def read_file(path: Path, max_bytes: int, *, follow: bool = True) -> bytes:
         raise
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror}") from error
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode):
+        os.close(descriptor)
+        raise Refused(f"{path} is not a regular file")
     with open(descriptor, "rb") as file:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise Refused(f"{path} is not a regular file")
         if not follow and facts.st_nlink != 1:
             raise Refused(f"{path} has {facts.st_nlink} hard links; only files of their own are taken")
         if facts.st_size > max_bytes:

@@ -49,6 +49,7 @@ _WITHOUT_EFFECT = {
     *("peft_version", "qalora_group_size", "revision", "runtime_config"),
 }
 _UNREMARKABLE = {
+    "auto_mapping",
     "inference_mode",
     "megatron_core",
     "peft_version",
@@ -134,7 +135,7 @@ def dump(adapter: Adapter, backbone_name: str | None) -> dict[str, bytes]:
     for path, weights in adapter.modules.items():
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = weights.A.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = weights.B.detach().cpu().contiguous()
-    text = json.dumps(_config(adapter, backbone_name), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    text = json.dumps(_config(adapter, backbone_name), indent=2, allow_nan=False) + "\n"
     return {CONFIG: text.encode(), WEIGHTS: save(tensors, metadata={"format": "pt"})}
 
 
@@ -235,7 +236,7 @@ def _settings(config: bytes, what: str) -> tuple[dict[str, Any], list[str]]:
     for key in sorted(set(given) - set(_CHECKS) - {"peft_type", "rank_pattern", "alpha_pattern"}):
         if key in _WITHOUT_EFFECT:
             if given[key] and key not in _UNREMARKABLE:
-                notices.append(f"{key} is dropped: the weights themselves tell which modules are adapted, and how")
+                notices.append(f"{key} is dropped: the tensors tell which modules are adapted; it cannot change them")
         elif given[key] not in (None, False, 0, "", [], {}):
             raise Refused(f"{what}: {key} is set to {shown(given[key])}, which mole does not know how to follow")
     return settings, notices
