@@ -240,8 +240,6 @@ class RoutingLog:
             self._entries.pop(0)
             self._bytes -= oldest.bytes
             self.log_dropped += 1
-            if self._entries:
-                self._entries[0].continues, self._entries[0].rows = False, None
 
     def _spill(self) -> None:
         """Everything in memory goes to disk, one file per shape."""

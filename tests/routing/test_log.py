@@ -222,8 +222,9 @@ def test_files_keyed_by_one_number_with_their_full_path_load(tmp_path):
     """As the original writes them: one file per length, its path as key."""
     one, two = scalings(1, 3).numpy(), scalings(1, 1).numpy()
     np.save(tmp_path / "log-3.npy", np.stack([one, one * 2]))
-    np.save(tmp_path / "log-1.npy", two[None])
-    mapping = {"/gone/log-3.npy": [2, 0], str(tmp_path / "log-1.npy"): [1]}
+    (tmp_path / "elsewhere").mkdir()
+    np.save(tmp_path / "elsewhere" / "log-1.npy", two[None])
+    mapping = {"/gone/log-3.npy": [2, 0], str(tmp_path / "elsewhere" / "log-1.npy"): [1]}
     (tmp_path / "log-mapping.json").write_text(json.dumps(mapping))
     expected = [torch.from_numpy(x)[None] for x in (one * 2, two, one)]
     assert_equal_lists(load_scalings_log(tmp_path / "log"), expected)
@@ -323,6 +324,39 @@ def test_damaged_files_are_refused_by_name(tmp_path, how):
     damage(tmp_path, how)
     with pytest.raises(ValueError, match="log-"):
         load_scalings_log(tmp_path / "log")
+
+
+class Trap:
+    """What runs if a pickle is loaded."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_a_pickled_array_is_refused_and_nothing_in_it_runs(tmp_path):
+    array = np.empty((1, 1, 1, 1, 1), dtype=object)
+    array[0, 0, 0, 0, 0] = Trap(str(tmp_path / "trapped"))
+    np.save(tmp_path / "log.npy", array, allow_pickle=True)
+    for mmap in (False, True):
+        with pytest.raises(ValueError, match=r"log\.npy"):
+            load_scalings_log(tmp_path / "log", mmap=mmap)
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_a_second_log_beside_another_does_not_take_its_index(tmp_path):
+    filled((1, 2))[0].flush(tmp_path / "log")
+    before = (tmp_path / "index.json").read_bytes()
+    log, _ = filled((1, 2))
+    with pytest.raises(FileExistsError, match=r"index\.json"):
+        log.flush(tmp_path / "other")
+    log.flush(tmp_path / "other", index=False)
+    assert (tmp_path / "index.json").read_bytes() == before
+    log, _ = filled((1, 5))
+    log.flush(tmp_path / "other", overwrite=True)
+    assert load_routing_log(tmp_path).entries[0].weights.shape[1] == 5
 
 
 def test_a_missing_log_and_a_missing_part_are_named(tmp_path):
