@@ -178,6 +178,9 @@ def test_entry_row_and_layer_choose_what_the_tokens_plot_shows(tmp_path):
     bars = [patch for patch in figure.axes[0].patches if patch.get_facecolor()[:3] == colours(2)[0]]
     heights = [abs(bar.get_height()) / 0.42 for bar in bars]
     np.testing.assert_allclose(heights, weights[:, 0], rtol=1e-5)
+    above = [patch for patch in figure.axes[0].patches if patch.get_facecolor()[:3] == colours(2)[1]]
+    tops = [bar.get_y() + bar.get_height() for bar in bars]
+    np.testing.assert_allclose([bar.get_y() for bar in above], tops, rtol=1e-6)
 
 
 def test_padding_is_no_token_of_the_strip(tmp_path):
@@ -296,7 +299,7 @@ def test_heat_maps_have_a_legible_size_from_one_layer_to_hundreds(tmp_path, laye
 
 
 def test_names_with_dollars_markup_and_strange_letters_are_drawn_as_text(tmp_path):
-    experts = ("$x^2$", "a_b^c \\frac{1", "日本語 \U0001f600")
+    experts = ("$x^2$", "$\\frac{1$", "日本語 \U0001f600")
     ids = torch.tensor([[1, 2, 3, 4]])
     texts = {1: "\n", 2: "$5", 3: "日", 4: "\x00 \ud800"}
     write_log(
