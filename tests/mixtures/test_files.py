@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import CONFIGS, llama, mixture
+from mixture_cases import CONFIGS, llama, mixture
 
 from mole.backbones import Backbone
 from mole.backbones.load import shapes_digest

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CONFIGS, mixture
+from mixture_cases import CONFIGS, mixture
 from transformers.cache_utils import DynamicCache
 
 from mole.mixtures import TwoStreamCache

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import CONFIGS, TASKS, llama, mixture, three_experts
+from mixture_cases import CONFIGS, TASKS, llama, mixture, three_experts
 
 from mole.adapters import Adapter, LoraWeights
 from mole.mixtures import MultiExpertModel

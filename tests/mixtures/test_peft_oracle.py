@@ -5,7 +5,7 @@ import warnings
 import peft
 import pytest
 import torch
-from conftest import llama
+from mixture_cases import llama
 from safetensors.torch import load_file
 
 from mole.adapters import Adapter, LoraWeights
