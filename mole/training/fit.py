@@ -1,6 +1,5 @@
 """The one training loop: every command that trains calls `fit`."""
 
-import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,7 +22,6 @@ from mole.training.settings import TrainingSettings
 from mole.training.signals import StopRequest
 from mole.training.trackers import tracking
 
-log = logging.getLogger(__name__)
 Evaluate = Callable[[int], dict[str, float]]
 
 
@@ -78,7 +76,8 @@ def fit(
     total = total_steps(settings, len(data.train))
     learner = build_learner(model, config, accelerator, total)
     with ExitStack() as stack:
-        stack.callback(accelerator.free_memory)
+        if accelerator.device.type != "cpu":  # there it would only collect garbage, for half a second
+            stack.callback(accelerator.free_memory)
         stack.callback(model.eval)
         stack.enter_context(streams_kept())
         stack.enter_context(gradient_checkpointing(model, settings.gradient_checkpointing))

@@ -70,16 +70,14 @@ def take_step(learner: Learner, batches: Batches, census: Census, clip_norm: flo
         if auxiliary is not None:
             auxiliary_total = auxiliary if auxiliary_total is None else auxiliary_total + auxiliary
     mean = _summed(learner, total)
-    if not math.isfinite(mean):
-        raise TrainingFailed(
-            f"the loss is {mean}: lower training.learning_rate, set training.clip_norm, or use "
-            f"training.precision=fp32; the weights before this step are kept"
-        )
+    _require_finite("loss", mean)
     learner.sum_gradients()
     rate = learner.learning_rate
     norm = accelerator.clip_grad_norm_(learner.parameters.values(), math.inf if clip_norm is None else clip_norm)
-    if first and accelerator.scaler is None:
-        check_gradients(learner)
+    if accelerator.scaler is None:  # fp16: its scaler skips a step that overflowed, and lowers the scale
+        _require_finite("gradient's norm", float(norm))  # type: ignore[arg-type]
+        if first:
+            check_gradients(learner)
     optimizer.step()
     if not optimizer.step_was_skipped:
         learner.schedule.step()
@@ -90,6 +88,14 @@ def take_step(learner: Learner, batches: Batches, census: Census, clip_norm: flo
         learning_rate=rate,
         skipped=optimizer.step_was_skipped,
     )
+
+
+def _require_finite(what: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise TrainingFailed(
+            f"the {what} is {value}: lower training.learning_rate, set training.clip_norm, or use "
+            f"training.precision=fp32; the weights before this step are kept"
+        )
 
 
 def _one_batch(learner: Learner, batch: dict[str, Any], census: Census) -> tuple[Tensor, Tensor | None]:

@@ -216,6 +216,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert weight_bytes(model) == before
 
 
+class Steep(ToyModel):
+    """Its loss is finite, its gradient is not: the root has no slope at 0."""
+
+    def forward(self, input_ids, attention_mask=None):
+        output = super().forward(input_ids)
+        output.logits = output.logits + torch.sqrt(self.bias * 0)
+        return output
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
+    model = Steep()
+    before = weight_bytes(model)
+    with pytest.raises(TrainingFailed, match="the gradient's norm is nan"):
+        fit_toy(model, tmp_path, recipe(clip_norm=1.0))
+    assert weight_bytes(model) == before
+
+
 class Detached(ToyModel):
     """Its loss depends on the bias alone, or on nothing."""
 
