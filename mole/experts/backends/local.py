@@ -42,7 +42,15 @@ class LocalBackend:
         self.root = Path(path).expanduser().absolute()
         self.url = str(path)
         self._aside = self.root / ASIDE
-        self._lock = FileLock(str(self._aside / "lock"))
+        self._locks = {os.getpid(): FileLock(str(self._aside / "lock"))}
+
+    @property
+    def _lock(self) -> FileLock:
+        """This process's lock: one that a fork has inherited would be held by both, or by none."""
+        process = os.getpid()
+        if process not in self._locks:
+            self._locks = {process: FileLock(str(self._aside / "lock"))}
+        return self._locks[process]
 
     def exists(self) -> bool:
         """A library has `.mole/`, or, copied without it, at least one expert."""

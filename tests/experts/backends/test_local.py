@@ -1,0 +1,194 @@
+"""What is special to a folder: the swap, its repair, processes that die in it, and what else may lie there."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from mole.experts import Damaged, LocalBackend, NoLibrary, ReadOnly, Refused, read_card
+
+SCRIPT = Path(__file__).with_name("library_scripts.py")
+
+
+def script(*args):
+    done = subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def backend(tmp_path):
+    return LocalBackend(tmp_path / "lib")
+
+
+@pytest.fixture
+def folders(make, tmp_path):
+    found = []
+    for seed in range(8):
+        found.append(tmp_path / f"expert-{seed}")
+        make(seed).save(found[-1])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("operation", "before", "after"), [("add", "absent", "new"), ("replace", "old", "new"), ("remove", "old", "absent")]
+)
+def test_a_death_before_any_call_leaves_the_old_state_or_the_new_one(folders, tmp_path, operation, before, after):
+    points = script("crash", *folders[:3], tmp_path / "crashed", operation)
+    assert len(points) > (5 if operation == "remove" else 15)
+    assert [point["code"] for point in points] == [77] * (len(points) - 1) + [0]
+    states = [point["state"] for point in points]
+    switch = states.index(after)
+    assert states == [before] * switch + [after] * (len(states) - switch)
+    assert switch > 0
+    assert all(point["listed"] and point["next"] and point["old"] == [] for point in points)
+
+
+def test_of_eight_processes_that_publish_one_name_one_wins(folders, tmp_path):
+    outcomes = script("writers", tmp_path / "lib", "mrpc", *folders)
+    (winner,) = [outcome for outcome in outcomes if outcome != "conflict"]
+    assert LocalBackend(tmp_path / "lib").card("mrpc")[0].revision == winner
+
+
+def test_eight_processes_with_names_of_their_own_all_succeed(folders, tmp_path):
+    outcomes = script("writers", tmp_path / "lib", "-", *folders)
+    assert "conflict" not in outcomes
+    backend = LocalBackend(tmp_path / "lib")
+    assert {backend.card(name)[0].revision for name in backend.cards()} == set(outcomes)
+    assert len(outcomes) == 8
+
+
+@pytest.fixture
+def in_the_swap(backend, folders, monkeypatch):
+    """Replaces an expert; in the middle of the swap, when its name does not exist, a function is called in a thread.
+
+    Returns what the function returned.
+    """
+
+    def replace(function):
+        first = backend.publish("mrpc", folders[0])
+        real, result, threads = os.rename, [], []
+
+        def rename(source, target):
+            real(source, target)
+            if Path(target).name == "old-mrpc":
+                assert not Path(source).exists()
+                threads.append(threading.Thread(target=lambda: result.append(function())))
+                threads[0].start()
+                threads[0].join(0.3)  # long enough for a reader that does not wait for the lock to come back
+
+        monkeypatch.setattr(os, "rename", rename)
+        backend.publish("mrpc", folders[1], first)
+        threads[0].join()
+        return result[0]
+
+    return replace
+
+
+def test_a_listing_in_the_middle_of_a_swap_has_the_name(backend, in_the_swap):
+    other = LocalBackend(backend.root)
+    assert in_the_swap(lambda: list(other.cards())) == ["mrpc"]
+
+
+def test_a_reader_in_the_middle_of_a_swap_finds_the_expert(backend, folders, tmp_path, in_the_swap):
+    other = LocalBackend(backend.root)
+    (tmp_path / "dest").mkdir()
+    card = in_the_swap(lambda: other.fetch("mrpc", tmp_path / "dest"))
+    assert card == read_card(folders[1]) == read_card(tmp_path / "dest")
+
+
+def test_a_copy_that_met_a_swap_is_made_again(backend, folders, tmp_path, monkeypatch):
+    first = backend.publish("mrpc", folders[0])
+    (tmp_path / "dest").mkdir()
+    from mole.experts import folder as module
+
+    real, copies = module.copy_files, []
+
+    def copy(source, target, card):
+        if source == backend.root / "mrpc" and not copies:
+            copies.append(card)
+            LocalBackend(backend.root).publish("mrpc", folders[1], first)  # between the card and the files
+        return real(source, target, card)
+
+    monkeypatch.setattr(module, "copy_files", copy)
+    assert backend.fetch("mrpc", tmp_path / "dest") == read_card(folders[1])
+
+
+def test_a_fetch_of_damage_raises_and_leaves_nothing(backend, folders, tmp_path):
+    backend.publish("mrpc", folders[0])
+    path = backend.root / "mrpc" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    (tmp_path / "dest").mkdir()
+    with pytest.raises(Damaged, match=r"adapter_model\.safetensors is not what the card says"):
+        backend.fetch("mrpc", tmp_path / "dest")
+    assert list((tmp_path / "dest").iterdir()) == []
+
+
+def test_publishing_leaves_these_files_and_no_others(backend, folders):
+    version = backend.publish("mrpc", folders[0])
+    backend.publish("mrpc", folders[1], version)
+    old = read_card(folders[0]).revision
+    names = ("README.md", "adapter_config.json", "adapter_model.safetensors", "expert.json")
+    found = {str(path.relative_to(backend.root)) for path in backend.root.rglob("*") if path.is_file()}
+    expected = {f"mrpc/{name}" for name in names} | {f".mole/history/mrpc/{old}/{name}" for name in names}
+    assert found == expected | {".mole/lock"}
+
+
+def test_a_library_copied_without_its_own_folder_can_be_read(backend, folders):
+    backend.publish("mrpc", folders[0])
+    import shutil
+
+    shutil.rmtree(backend.root / ".mole")
+    assert list(backend.cards()) == ["mrpc"]
+    assert backend.card("mrpc")[0] == read_card(folders[0])
+    assert not (backend.root / ".mole").exists()
+
+
+def test_a_library_that_cannot_be_locked_is_read_without_the_lock(backend, folders, tmp_path, monkeypatch):
+    backend.publish("mrpc", folders[0])
+    os.rename(backend.root / "mrpc", backend.root / ".mole" / "old-mrpc")  # a swap cut short, never to be repaired
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(backend._lock, "acquire", refuse)
+    (tmp_path / "dest").mkdir()
+    assert backend.fetch("mrpc", tmp_path / "dest") == read_card(folders[0])
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(ReadOnly, match="cannot be written"):
+        backend.publish("other", folders[1])
+
+
+def test_a_folder_with_other_things_does_not_become_a_library(tmp_path, folders):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    with pytest.raises(NoLibrary, match="not empty and no library"):
+        LocalBackend(tmp_path / "home").publish("mrpc", folders[0])
+    with pytest.raises(NoLibrary, match="is a file"):
+        LocalBackend(tmp_path / "home" / "letter.txt").publish("mrpc", folders[0])
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["letter.txt"]
+
+
+def test_an_experts_folder_taken_for_a_library_is_told(folders):
+    with pytest.raises(NoLibrary, match="is an expert's folder; its library may be"):
+        LocalBackend(folders[0]).cards()
+
+
+def test_a_foreign_folder_under_the_name_is_not_overwritten(backend, folders):
+    backend.publish("other", folders[0])
+    (backend.root / "mrpc").mkdir()
+    with pytest.raises(Refused, match="move it away"):
+        backend.publish("mrpc", folders[1])
+    assert list(backend.cards()) == ["other"]
+
+
+def test_strays_are_listed(backend, folders):
+    backend.publish("mrpc", folders[0])
+    (backend.root / "notes.txt").write_text("x")
+    (backend.root / "empty").mkdir()
+    (backend.root / "Upper").mkdir()
+    assert backend.strays() == ["Upper", "empty", "notes.txt"]
