@@ -39,7 +39,7 @@ def assert_as_if_never_killed(found: dict, least_kills: int) -> None:
 
 
 def test_a_run_killed_before_a_file_operation_ends_with_the_same_bytes(tmp_path):
-    assert_as_if_never_killed(killed(tmp_path, "event", 4), least_kills=4)
+    assert_as_if_never_killed(killed(tmp_path, "event", 3), least_kills=3)
 
 
 @pytest.mark.slow
