@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mole.experts import Damaged, LocalBackend, NoLibrary, ReadOnly, Refused, read_card
+from mole.experts import Conflict, Damaged, LocalBackend, NoLibrary, ReadOnly, Refused, read_card
 
 SCRIPT = Path(__file__).with_name("library_scripts.py")
 
@@ -192,3 +192,21 @@ def test_strays_are_listed(backend, folders):
     (backend.root / "empty").mkdir()
     (backend.root / "Upper").mkdir()
     assert backend.strays() == ["Upper", "empty", "notes.txt"]
+
+
+def test_a_writer_repairs_a_swap_that_was_cut_short_before_it_compares(backend, folders):
+    first = backend.publish("mrpc", folders[0])
+    os.rename(backend.root / "mrpc", backend.root / ".mole" / "old-mrpc")
+    backend.publish("mrpc", folders[1], first)
+    assert backend.card("mrpc")[0] == read_card(folders[1])
+    assert (backend.root / ".mole" / "history" / "mrpc" / read_card(folders[0]).revision).is_dir()
+
+
+def test_a_writer_that_loses_or_fails_leaves_no_staging_folder(backend, folders, monkeypatch):
+    backend.publish("mrpc", folders[0])
+    with pytest.raises(Conflict):
+        backend.publish("mrpc", folders[1])
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.fstat(-1))
+    with pytest.raises(OSError, match="descriptor"):
+        backend.publish("other", folders[1])
+    assert {path.name for path in (backend.root / ".mole").iterdir()} == {"lock"}
