@@ -62,7 +62,7 @@ def read_file(path: Path, max_bytes: int, *, follow: bool = True) -> bytes:
         raise Refused(f"{path} is a symbolic link; only regular files are taken")
     try:
         descriptor = os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror}") from error

@@ -151,7 +151,7 @@ class LocalBackend:
             return sorted(
                 entry.name
                 for entry in self.root.iterdir()
-                if entry.name != ASIDE and not (is_name(entry.name) and folders.has_card(entry))
+                if entry.name != ASIDE and (not is_name(entry.name) or _read(entry) is None)
             )
 
     def _find(self, name: str, revision: str | None) -> tuple[Path, bytes]:
@@ -269,6 +269,9 @@ class LocalBackend:
 
 
 def _read(folder: Path) -> bytes | None:
+    """The card's bytes; None if `folder` is no expert's folder of its own (a link leads out of the library)."""
+    if folder.is_symlink():
+        return None
     try:
         return read_file(folder / CARD_FILE, MAX_CARD_BYTES)
     except (FileNotFoundError, NotADirectoryError):

@@ -191,7 +191,9 @@ def test_strays_are_listed(backend, folders):
     (backend.root / "notes.txt").write_text("x")
     (backend.root / "empty").mkdir()
     (backend.root / "Upper").mkdir()
-    assert backend.strays() == ["Upper", "empty", "notes.txt"]
+    (backend.root / "linked").symlink_to(folders[1])
+    assert backend.strays() == ["Upper", "empty", "linked", "notes.txt"]
+    assert list(backend.cards()) == ["mrpc"]
 
 
 def test_a_writer_repairs_a_swap_that_was_cut_short_before_it_compares(backend, folders):
