@@ -32,6 +32,8 @@ _TABLE = (
         "train an X-LoRA router over the experts of a library",
         "train",
         examples=("mole xlora-train library=outputs/library dataset=[arithmetic,reverse] router.depth=1",),
+        module="mole.commands.build_moe",
+        schema="BuildMoe",
     ),
     Command(
         "build-moe",
@@ -54,7 +56,7 @@ _TABLE = (
     Command(
         "plot", "pictures of a run, from its logs alone", "look", ("run",), ("mole plot outputs/xlora-train/<run>",)
     ),
-    Command("quickstart", "the whole way on generated tasks, in minutes, with nothing to download", "look"),
+    Command("quickstart", "the whole way on generated tasks: minutes, and nothing to download", "look", script=True),
     Command("library list", "the experts of a library", "keep", ("library",)),
     Command("library show", "the card and the files of an expert", "keep", ("library", "name")),
     Command("library add", "check an expert's folder and put it into a library", "keep", ("library", "folder")),
@@ -140,10 +142,10 @@ def _main(words: list[str], commands: Mapping[str, Command]) -> int:
     if given.version:
         return _versions()
     with _surroundings(given):
-        return _guarded(command, given)
+        return _guarded(command, given, commands)
 
 
-def _guarded(command: Command, given: argparse.Namespace) -> int:
+def _guarded(command: Command, given: argparse.Namespace, commands: Mapping[str, Command]) -> int:
     """Runs the command; what goes wrong before it starts is the user's, and is said in a few lines."""
     from mole import help as texts
     from mole import yaml_files
@@ -155,7 +157,7 @@ def _guarded(command: Command, given: argparse.Namespace) -> int:
         return 0
     from mole import invoke  # Hydra, from here on
 
-    return invoke.run(command, given, folders)
+    return invoke.run(command, given, folders, lambda words: _main(words, commands))
 
 
 def _info_filled(words: list[str]) -> list[str]:

@@ -11,7 +11,8 @@ class Command:
     """One verb. All but the name has a rule: "library add" is `LibraryAdd` and `run` in mole/commands/library/add.py.
 
     `operands` are the keys that words without "=" fill, in order; a last one that ends with "…" takes all that are
-    left as a list. `module` and `schema` are for those who keep a command elsewhere.
+    left as a list. `module` and `schema` are for those who keep a command elsewhere. A `script` does nothing but run
+    other commands: its module has `lines(config)`, their words, in the place of `run`.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Command:
     examples: tuple[str, ...] = ()
     module: str = ""
     schema: str = ""
+    script: bool = False
 
     @property
     def config_name(self) -> str:
@@ -38,6 +40,6 @@ class Command:
         return self.schema or "".join(word.capitalize() for word in self.config_name.split("-"))
 
     def load(self) -> tuple[type, Callable[[Any], Any]]:
-        """Its config dataclass and its `run`; imports the module, and with it whatever the command needs."""
+        """Its config dataclass and its `run` (`lines` of a script); imports whatever the command needs."""
         module = importlib.import_module(self.module_name)
-        return getattr(module, self.schema_name), module.run
+        return getattr(module, self.schema_name), module.lines if self.script else module.run

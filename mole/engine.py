@@ -19,7 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from mole import yaml_files
-from mole.overrides import rewrite
+from mole.overrides import WRAPPED, rewrite
 from mole.yaml_files import conf_dir
 
 # mole owns the run's folder and log: no `.hydra/` (it would keep what was typed), no log set-up, no folder of Hydra's.
@@ -33,7 +33,7 @@ class UserFolders(SearchPathPlugin):
     folders: ClassVar[tuple[Path, ...]] = ()
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        for folder in reversed(self.folders):
+        for folder in self.folders:  # each right before the packaged one
             search_path.prepend("mole-user", f"file://{folder}", SearchPathQuery(provider="main"))
 
 
@@ -74,12 +74,17 @@ class Engine:
         self.config_name = command  # `--from` puts a saved run in its place
         self.hydra: Any = GlobalHydra.instance().hydra
         self._options: dict[str, list[str]] = {}
+        self._groups: dict[tuple[str, ...], dict[str, str | None]] = {}
 
     def groups(self, overrides: Sequence[str] = ()) -> dict[str, str | None]:
         """Every group that the command can select → the option chosen under `overrides` (None: none yet)."""
-        loader = self.hydra.config_loader
-        found = loader.compute_defaults_list(self.config_name, list(overrides), RunMode.RUN).overrides.known_choices
-        return {g: option for g, option in found.items() if not g.startswith("hydra/") and "@" not in g}
+        key = (self.config_name, *overrides)
+        if key not in self._groups:
+            loader = self.hydra.config_loader
+            found = loader.compute_defaults_list(self.config_name, list(overrides), RunMode.RUN).overrides.known_choices
+            kept = {g: option for g, option in found.items() if not g.startswith("hydra/") and "@" not in g}
+            self._groups[key] = kept
+        return dict(self._groups[key])
 
     def options(self, group: str) -> list[str]:
         """The options of a group, sorted; empty if there is no such group."""
@@ -158,6 +163,8 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def _plain(node: Any) -> Any:
     if isinstance(node, DictConfig):
+        if list(node) == [WRAPPED]:
+            return node[WRAPPED]
         return {str(k): _plain(_value(node, k)) for k in node if not OmegaConf.is_missing(node, k)}
     if isinstance(node, ListConfig):
         return [_plain(_value(node, i)) for i in range(len(node))]

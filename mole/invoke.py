@@ -1,10 +1,13 @@
 """One command from its words and flags to its end, through the engine: help, views, a run, a sweep, a run again."""
 
 import argparse
+import logging
 import os
 import re
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,18 @@ from mole.config import ConfigProblems
 from mole.registry import nearest
 from mole.run_folder import RunFolder
 
+Perform = Callable[[list[str]], int]
 
-def run(command: Command, given: argparse.Namespace, folders: Sequence[str]) -> int:
-    """Does what the line asks for and returns the exit code; prints what went wrong, without a traceback."""
+
+def run(command: Command, given: argparse.Namespace, folders: Sequence[str], perform: Perform) -> int:
+    """Does what the line asks for and returns the exit code; prints what went wrong, without a traceback.
+
+    `perform` runs another command line, for scripts.
+    """
     lines: list[str] = []
     try:
         with engines.engine(command.config_name, folders) as engine:
-            call = _Call(command, given, engine)
+            call = _Call(command, given, engine, perform)
             try:
                 return call.do()
             except ConfigProblems as error:
@@ -56,8 +64,8 @@ def say(lines: Sequence[str]) -> None:
 class _Call:
     """One invocation: the words made into overrides, and what is done with them."""
 
-    def __init__(self, command: Command, given: argparse.Namespace, engine: engines.Engine):
-        self.command, self.given, self.engine = command, given, engine
+    def __init__(self, command: Command, given: argparse.Namespace, engine: engines.Engine, perform: Perform):
+        self.command, self.given, self.engine, self.perform = command, given, engine, perform
         self.overrides: list[str] = []
         self.source: Path | None = given.resume or given.source
 
@@ -76,10 +84,12 @@ class _Call:
         if given.cfg:
             quiet = [] if given.cfg == "job" else list(engines.QUIET)
             package = given.package
-            engine.hydra.show_cfg(engine.config_name, [*self.overrides, *quiet], given.cfg, package, given.resolve)
+            with _root_log_kept():
+                engine.hydra.show_cfg(engine.config_name, [*self.overrides, *quiet], given.cfg, package, given.resolve)
             return runs.DONE
         if given.info:
-            engine.hydra.show_info(given.info, config_name=engine.config_name, overrides=self.overrides)
+            with _root_log_kept():
+                engine.hydra.show_info(given.info, config_name=engine.config_name, overrides=self.overrides)
             return runs.DONE
         return self._sweep() if given.multirun else self._run()
 
@@ -93,16 +103,36 @@ class _Call:
 
     def _run(self) -> int:
         plan = self._plan(self.engine.compose(self.overrides))
-        runs.check(plan)  # before the engine starts anything
-        outcomes: list[runs.Outcome] = []
+        config = runs.check(plan)  # before the engine starts anything
+        if self.command.script:
+            return self._script(config)
+        outcomes: list[runs.Outcome | Exception] = []
 
         def task(config: Any) -> None:
-            outcomes.append(runs.start(self._plan(config)))
+            try:
+                outcomes.append(runs.start(self._plan(config)))
+            except Exception as error:  # the engine would print a line of its own
+                outcomes.append(error)
 
         self.engine.hydra.run(self.engine.config_name, task, [*self.overrides, *engines.QUIET, "hydra.mode=RUN"])
         outcome = outcomes[0]
+        if isinstance(outcome, Exception):
+            raise outcome
         say(outcome.lines) if outcome.code else [print(line) for line in outcome.lines]
         return outcome.code
+
+    def _script(self, config: Any) -> int:
+        """Its commands one after another, each shown as one would type it; ends with the first that fails."""
+        _, lines = self.command.load()
+        given = self.given
+        flags = [f"--config-dir={folder}" for folder in given.config_dir]
+        flags += [flag for flag, is_set in (("-q", given.quiet), ("-v", given.verbose)) if is_set]
+        for words in lines(config):
+            print(f"\n$ mole {shlex.join(words)}", flush=True)
+            code = self.perform([*words, *flags])
+            if code:
+                return code
+        return runs.DONE
 
     def _sweep(self) -> int:
         if self.given.resume:
@@ -174,6 +204,17 @@ class _Call:
         else:
             body = {**_escaped(body), "run": {**_escaped(body.get("run", {})), **_fresh(own)}}
         self.engine.saved_run(body, switched)
+
+
+@contextmanager
+def _root_log_kept() -> Iterator[None]:
+    """The engine's views set the root logger up for themselves: put back what was there."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level = handlers, level
 
 
 def _fresh(own: Any) -> dict[str, Any]:

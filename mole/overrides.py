@@ -16,6 +16,10 @@ _OVERRIDE = re.compile(r"^(\+{0,2}[A-Za-z_][\w./@:-]*=|~[A-Za-z_][\w./@:-]*(=|$)
 # A value that is no option of these groups but an address chooses this option and fills this key.
 _ADDRESSES = {"library": ("local", "url"), "backbone": ("pretrained", "path")}
 
+# A key may hold plain text in one command and be the name of a group elsewhere (`library` of the library's verbs): the
+# engine would look for an option. A mapping under this key alone stands for a value: `engine.plain` unwraps it.
+WRAPPED = "_value_"
+
 
 class Tree(Protocol):
     """What of a command's configuration tree is needed here."""
@@ -67,6 +71,8 @@ def rewrite(words: Sequence[str], tree: Tree, *, sweep: bool = False) -> list[st
         plain = not (override.is_add() or override.is_force_add() or override.is_delete() or override.package)
         if plain and group in groups:
             done += _choice(override, group, groups[group], tree)
+        elif plain and tree.options(group):
+            done.append(f"{group}={{{WRAPPED}: {quote(_text(override.value()))}}}")
         else:
             done.append(override.input_line or word)
     return done
@@ -85,6 +91,8 @@ def quote(text: str) -> str:
 
 def _parse(word: str) -> Override:
     """One parsed override. What the grammar refuses (`#`, `&`, letters beyond ASCII …) is taken as quoted text."""
+    if word.startswith("="):
+        raise ValueError(f"{word!r}: settings have the form key=value")
     parser = OverridesParser.create()
     try:
         return parser.parse_override(word)

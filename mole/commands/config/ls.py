@@ -17,7 +17,7 @@ class ConfigLs:
 
 
 def run(config: ConfigLs) -> None:
-    """Prints group, option, and the sentence at the top of the option's file. Raises ValueError for an unknown group."""
+    """Prints group, option, and the sentence at the top of its file. Raises ValueError for an unknown group."""
     found = options()
     if config.group is not None:
         if config.group not in found:
