@@ -43,8 +43,13 @@ def test_equal_adapters_have_equal_contents(make):
 
 def test_the_card_sums_the_adapter_up(expert):
     assert expert.card.adapter == {
-        "method": "lora", "rank": 2, "alpha": 4.0, "targets": ["q_proj", "v_proj"], "full_modules": [],
-        "parameters": 4 * (2 * 6 + 4 * 2), "dtype": "float32",
+        "method": "lora",
+        "rank": 2,
+        "alpha": 4.0,
+        "targets": ["q_proj", "v_proj"],
+        "full_modules": [],
+        "parameters": 4 * (2 * 6 + 4 * 2),
+        "dtype": "float32",
     }
 
 
