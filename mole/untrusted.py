@@ -120,13 +120,15 @@ def _finite(text: str) -> float:
 
 
 def _check_depth(value: Any, left: int) -> None:
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+    kind = type(value)
+    if kind is int and not -(2**63) <= value < 2**63:
         raise ValueError("an integer beyond 64 bits")
-    if isinstance(value, dict | list):
+    if kind is dict or kind is list:
         if left == 0:
             raise ValueError("nested too deeply")
-        for child in value.values() if isinstance(value, dict) else value:
-            _check_depth(child, left - 1)
+        for child in value.values() if kind is dict else value:
+            if type(child) is not str:
+                _check_depth(child, left - 1)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -223,12 +223,8 @@ def _sealed(card: dict[str, Any]) -> Card:
 
 
 def _from_dict(card: dict[str, Any]) -> Card:
-    known = {field.name for field in fields(Card)}
-    values: dict[str, Any] = {}
-    values |= {
-        name: tuple(value) if isinstance(value, list) else value for name, value in card.items() if name in known
-    }
-    return replace(Card(**values), backbone=BackboneRef(**card["backbone"]))
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in card.items()}
+    return Card(**{**values, "backbone": BackboneRef(**card["backbone"])})
 
 
 def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
