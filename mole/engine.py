@@ -137,8 +137,10 @@ class Engine:
         if any(o.lstrip("+~").partition("=")[0] == key for o in overrides):
             return ""
         chosen = self.groups(overrides)
-        places = [(f, "") for g, o in chosen.items() if o and (f := self.file(g, o)) and _is_global(f)]
-        places += [(f, f"{g}.") for g, o in chosen.items() if o and (f := self.file(g, o)) and not _is_global(f)]
+        places = [(f, "") for g, o in chosen.items() if o and (f := self.file(g, o)) and yaml_files.is_global(f)]
+        places += [
+            (f, f"{g}.") for g, o in chosen.items() if o and (f := self.file(g, o)) and not yaml_files.is_global(f)
+        ]
         for file, prefix in [*reversed(places), (self.primary_file(), "")]:
             if not key.startswith(prefix):
                 continue
@@ -184,7 +186,3 @@ def compose(command: str, overrides: Sequence[str] = (), config_dirs: Sequence[s
     """The configuration of a command as plain data, for those who already have an override list that is right."""
     with engine(command, config_dirs) as found:
         return plain(found.compose(rewrite(overrides, found)))
-
-
-def _is_global(file: Path) -> bool:
-    return file.read_text(encoding="utf-8").startswith("# @package _global_")

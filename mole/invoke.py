@@ -51,6 +51,11 @@ def run(command: Command, given: argparse.Namespace, folders: Sequence[str], per
         if isinstance(error, BrokenPipeError) or os.environ.get("MOLE_FULL_ERROR"):
             raise
         lines = str(error).splitlines()
+    except Exception as error:  # the engine's, or ours: a traceback would not help whoever typed the line
+        if os.environ.get("MOLE_FULL_ERROR"):
+            raise
+        say([f"{type(error).__name__}: {error}", "MOLE_FULL_ERROR=1 shows the traceback"])
+        return runs.FAILED
     say(lines)
     return runs.USAGE
 
@@ -94,7 +99,11 @@ class _Call:
         return self._sweep() if given.multirun else self._run()
 
     def remarks(self) -> Iterator[str]:
-        """What stands behind the problems of a configuration that another version may have written."""
+        """What may stand behind problems: a preset without its first line, a run that another version has written."""
+        for group, option in self.engine.groups(self.overrides).items():
+            file = self.engine.file(group, option) if option else None
+            if group == "experiment" and file is not None and not yaml_files.is_global(file):
+                yield f"{file} sets what stands under experiment; its first line should be: # @package _global_"
         if self.source is None:
             return
         version = RunFolder(self.source).facts().get("versions", {}).get("mole")

@@ -150,7 +150,8 @@ def _option(group: str, text: str, tree: Tree) -> str:
             return name
     near = nearest(text, known, 1)
     hint = f"; did you mean {group}={near[0]}?" if near else ""
-    raise ValueError(f"{group}={text}: no such option{hint}   known: {', '.join(known)}")
+    folder = f"; a folder is written {group}=./{text}" if group in _ADDRESSES else ""
+    raise ValueError(f"{group}={text}: no such option{hint}   known: {', '.join(known)}{folder}")
 
 
 def _is_address(text: str) -> bool:

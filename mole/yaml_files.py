@@ -41,6 +41,11 @@ def sentence(file: Path) -> str:
     return ""
 
 
+def is_global(file: Path) -> bool:
+    """Whether a file sets keys of the whole configuration, not of its group's node."""
+    return file.read_text(encoding="utf-8").startswith("# @package _global_")
+
+
 def entries(file: Path) -> dict[str, Entry]:
     """Every key of a YAML file but its defaults list, in order, by dotted path. Raises ValueError for bad YAML."""
     text = file.read_text(encoding="utf-8")

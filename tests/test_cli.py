@@ -201,6 +201,30 @@ def test_error_of_a_file_of_the_user_says_file_and_line(capsys):
     assert "experiment/x.yaml:3" in said
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("# @package _global_\na: [1\n", "experiment/x.yaml"),
+        ("# @package _global_\ndefaults:\n  - override /flavour: sauer\n", "did you mean flavour=sour?"),
+        ("# @package _global_\ndefaults:\n  - override /flavor: sour\n", "did you mean flavour?"),
+        ("seed: 1\n", "its first line should be: # @package _global_"),
+        ("# @package _global_\nname: ${nothing.here}\n", "name: Interpolation key 'nothing.here' not found"),
+    ],
+)
+def test_a_preset_that_cannot_be_composed_is_explained(text, says, capsys):
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/x.yaml").write_text(text)
+    assert main("toy", CREAM, "experiment=x", "--config-dir", "mine") == 2
+    assert says in capsys.readouterr().err
+
+
+def test_an_error_of_the_engine_itself_is_told_without_a_traceback(capsys):
+    assert main("toy", CREAM, "hydra.verbose=1") == 1
+    said = capsys.readouterr().err
+    assert "MOLE_FULL_ERROR=1" in said
+    assert "Traceback" not in said
+
+
 def test_folders_of_the_user_come_in_order_line_environment_package(monkeypatch, capsys):
     for folder, sugar in (("line", 7), ("environment", 8)):
         Path(folder, "flavour").mkdir(parents=True)
