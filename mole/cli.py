@@ -6,12 +6,10 @@ Each command has an ArgumentParser of its own in front of Hydra's engine. Nothin
 
 import argparse
 import difflib
-import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NoReturn
 
 from mole.command import Command
@@ -90,8 +88,8 @@ def parser(command: str) -> argparse.ArgumentParser:
     flags.add_argument("--package")
     flags.add_argument("--info", choices=INFO)
     flags.add_argument("--config-dir", action="append", default=[])
-    flags.add_argument("--from", dest="source", type=Path)
-    flags.add_argument("--resume", type=Path)
+    flags.add_argument("--from", dest="source")
+    flags.add_argument("--resume")
     flags.add_argument("-q", "--quiet", action="store_true")
     flags.add_argument("-v", "--verbose", action="store_true")
     flags.add_argument("--json", action="store_true")
@@ -173,6 +171,8 @@ def _info_filled(words: list[str]) -> list[str]:
 @contextmanager
 def _surroundings(given: argparse.Namespace):
     """The log at the wanted level, and NO_COLOR for all who print, worker processes included."""
+    import logging
+
     from mole.log import start_log
 
     start_log(logging.DEBUG if given.verbose else logging.WARNING if given.quiet else logging.INFO)

@@ -72,7 +72,8 @@ class _Call:
     def __init__(self, command: Command, given: argparse.Namespace, engine: engines.Engine, perform: Perform):
         self.command, self.given, self.engine, self.perform = command, given, engine, perform
         self.overrides: list[str] = []
-        self.source: Path | None = given.resume or given.source
+        source = given.resume or given.source
+        self.source = Path(source) if source else None
 
     def do(self) -> int:
         given, engine = self.given, self.engine
