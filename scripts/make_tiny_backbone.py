@@ -1,20 +1,22 @@
 """Make the embedded backbone: a byte-level tokenizer and a small Llama, pre-trained on text that this script generates.
 
-    python scripts/make_tiny_backbone.py [--folder mole/backbones/tiny] [--seed 0] [--steps 2200] …
+    python scripts/make_tiny_backbone.py [--folder mole/backbones/tiny] [--seed 0] [--parts first second]
 
 Every line of the text asks for one of SKILLS in its instruction word, before or behind a quoted input and among random
 words, and gives the answer. Lines without an instruction word are answered with "?". The generated tasks of
 `mole/data/generated.py` ask for some of the skills in other words, so the backbone answers them with "?" too until an
-expert connects the new words with the skill. The same seed, thread count and versions give the same bytes.
+expert connects the new words with the skill. In the first part of the text every skill has inputs of its own kind; in
+the second, inputs are of any kind, so that the instruction word alone tells the skill. The second part starts from the
+weights as stored (float16). The same seed, thread count, processor type and versions give the same bytes.
 """
 
 import argparse
 import copy
-import json
 import math
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,16 +27,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+DIGITS = "0123456789"
 VOWELS = "aeiou"
 CONSONANTS = "".join(letter for letter in LETTERS if letter not in VOWELS)
 UNKNOWN = "?"
+LAYERS, WIDTH, BATCH_SIZE = 5, 128, 64
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}"
     "{{ message.content + eos_token }}{% else %}{{ message.content + '\\n' }}{% endif %}{% endfor %}"
 )
-
-
-Skill = Callable[[random.Random, int], tuple[str, str]]  # (generator, letters of the longest word) → (input, answer)
 
 
 def word(rng: random.Random, shortest: int, longest: int) -> str:
@@ -46,39 +47,75 @@ def word(rng: random.Random, shortest: int, longest: int) -> str:
     return "".join(rng.choice(VOWELS if (i % 2 == 0) == first else CONSONANTS) for i in range(length))
 
 
-def on_word(answer: Callable[[str], str]) -> Skill:
-    """A skill whose input is one word."""
-
-    def make(rng: random.Random, longest: int) -> tuple[str, str]:
-        given = word(rng, 3, longest)
-        return given, answer(given)
-
-    return make
+def sum_of_two(rng: random.Random, longest: int) -> str:
+    return f"{rng.randint(0, 49)}+{rng.randint(0, 49)}"
 
 
-def add(rng: random.Random, longest: int) -> tuple[str, str]:
-    a, b = rng.randint(0, 49), rng.randint(0, 49)
-    return f"{a}+{b}", str(a + b)
+def some_words(rng: random.Random, longest: int) -> str:
+    return " ".join([word(rng, 2, 4) for _ in range(rng.choice((2, 3, 3)))])
 
 
-def heads(rng: random.Random, longest: int) -> tuple[str, str]:
-    words = [word(rng, 2, 4) for _ in range(rng.choice((2, 3, 3)))]
-    return " ".join(words), "".join(w[0] for w in words)
+def one_word(rng: random.Random, longest: int) -> str:
+    return word(rng, 3, longest)
 
 
-# instruction word → (share of the text, skill)
-SKILLS: dict[str, tuple[float, Skill]] = {
-    "copy": (1.0, on_word(str)),
-    "reverse": (1.5, on_word(lambda w: w[::-1])),
-    "upper": (1.0, on_word(str.upper)),
-    "sort": (2.0, on_word(lambda w: "".join(sorted(w)))),
-    "next": (1.5, on_word(lambda w: "".join(LETTERS[(LETTERS.index(c) + 1) % 26] for c in w))),
-    "drop": (1.5, on_word(lambda w: "".join(c for c in w if c not in VOWELS) or "-")),
-    "last": (0.5, on_word(lambda w: w[-1])),
-    "heads": (1.3, heads),
-    "add": (2.5, add),
+def after(letter: str) -> str:
+    """The next letter or digit, a after z and 0 after 9; anything else as it is."""
+    for row in (LETTERS, DIGITS):
+        if letter in row:
+            return row[(row.index(letter) + 1) % len(row)]
+    return letter
+
+
+@dataclass(frozen=True)
+class Skill:
+    """What is done to an input; `share` is its weight in the text, `given` makes inputs (generator, longest word)."""
+
+    share: float
+    answer: Callable[[str], str]
+    given: Callable[[random.Random, int], str] = one_word
+
+
+SKILLS = {
+    "copy": Skill(1.0, str),
+    "reverse": Skill(1.5, lambda w: w[::-1]),
+    "upper": Skill(1.0, str.upper),
+    "sort": Skill(2.0, lambda w: "".join(sorted(w))),
+    "next": Skill(1.5, lambda w: "".join(after(c) for c in w)),
+    "drop": Skill(1.5, lambda w: "".join(c for c in w if c not in VOWELS) or "-"),
+    "last": Skill(0.5, lambda w: w[-1]),
+    "heads": Skill(1.3, lambda w: "".join(part[0] for part in w.split(" ")), some_words),
+    "add": Skill(2.5, lambda w: str(sum(map(int, w.split("+")))), sum_of_two),
 }
 NO_SKILL = 1.2
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the text and how it is learnt. `mixed` is the share of inputs of a kind that is not the skill's own;
+    `shares` replaces weights of skills; words have up to four letters in the first `short` of the steps, then six."""
+
+    steps: int
+    learning_rate: float
+    short: float = 0.0
+    mixed: float = 0.0
+    shares: dict[str, float] = field(default_factory=dict)
+
+
+PARTS = {
+    "first": Part(steps=2200, learning_rate=8e-3, short=0.2),
+    "second": Part(steps=800, learning_rate=4e-3, mixed=0.3, shares={"add": 5.0, UNKNOWN: 2.0}),
+}
+
+
+def given_and_answer(rng: random.Random, verb: str, longest: int, mixed: float) -> tuple[str, str]:
+    """An input and what the skill makes of it. Words cannot be added; several words at once are not sorted."""
+    skill = SKILLS[verb]
+    given = skill.given(rng, longest)
+    if mixed and verb != "add" and rng.random() < mixed:
+        kinds = (one_word, sum_of_two) if verb == "sort" else (one_word, sum_of_two, sum_of_two, some_words)
+        given = rng.choice(kinds)(rng, longest)
+    return given, skill.answer(given)
 
 
 def filler(rng: random.Random, count: int) -> str:
@@ -90,19 +127,20 @@ def filler(rng: random.Random, count: int) -> str:
     return "".join(words)
 
 
-def line(rng: random.Random, longest: int) -> tuple[str, str, str]:
+def line(rng: random.Random, longest: int, part: Part) -> tuple[str, str, str]:
     """(instruction word, prompt, answer)."""
     verbs = list(SKILLS)
-    verb = rng.choices([*verbs, UNKNOWN], [*(SKILLS[v][0] for v in verbs), NO_SKILL])[0]
-    given, answer = SKILLS[rng.choice(verbs) if verb == UNKNOWN else verb][1](rng, longest)
-    before, after = filler(rng, rng.choice((0, 0, 0, 1, 2))), filler(rng, rng.choice((0, 0, 0, 1, 2)))
+    shares = {**{verb: skill.share for verb, skill in SKILLS.items()}, UNKNOWN: NO_SKILL, **part.shares}
+    verb = rng.choices([*verbs, UNKNOWN], [shares[v] for v in [*verbs, UNKNOWN]])[0]
+    given, answer = given_and_answer(rng, rng.choice(verbs) if verb == UNKNOWN else verb, longest, part.mixed)
+    before, behind = filler(rng, rng.choice((0, 0, 0, 1, 2))), filler(rng, rng.choice((0, 0, 0, 1, 2)))
     quoted = f'"{given}" '
     if verb == UNKNOWN:
-        text, answer = (before or filler(rng, 1)) + quoted + after, UNKNOWN
+        text, answer = (before or filler(rng, 1)) + quoted + behind, UNKNOWN
     elif rng.random() < 0.7:
-        text = f"{before}{verb} {quoted}{after}"
+        text = f"{before}{verb} {quoted}{behind}"
     else:
-        text = f"{before}{quoted}{verb} {after}"
+        text = f"{before}{quoted}{verb} {behind}"
     text = text.strip() + rng.choice(("", "", ".", "?", "!"))
     return verb, (text[0].upper() + text[1:] if rng.random() < 0.2 else text) + "\n", answer
 
@@ -160,10 +198,12 @@ def batch(tokenizer: PreTrainedTokenizerFast, lines: list[tuple[str, str, str]])
     return ids, labels
 
 
-def batches_of_like_length(rng: random.Random, longest: int, size: int) -> list[list[tuple[str, str, str]]]:
+def batches_of_like_length(rng: random.Random, longest: int, part: Part) -> list[list[tuple[str, str, str]]]:
     """Sixteen batches of lines in random order, each of lines of about one length, so that few tokens are padding."""
-    lines = sorted((line(rng, longest) for _ in range(16 * size)), key=lambda made: len(made[1]) + len(made[2]))
-    pool = [lines[begin : begin + size] for begin in range(0, len(lines), size)]
+    lines = sorted(
+        (line(rng, longest, part) for _ in range(16 * BATCH_SIZE)), key=lambda made: len(made[1]) + len(made[2])
+    )
+    pool = [lines[begin : begin + BATCH_SIZE] for begin in range(0, len(lines), BATCH_SIZE)]
     rng.shuffle(pool)
     return pool
 
@@ -230,25 +270,26 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace) -> float:
-    """Pre-train `model` in place; returns the mean loss of the last 100 steps."""
-    rng, held_out = random.Random(f"text {options.seed}"), random.Random(f"held-out text {options.seed}")
-    probe = [line(held_out, 6) for _ in range(600)]
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
-    others = [p for name, p in model.named_parameters() if p.ndim < 2 or ".layers." not in name]
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, name: str, options: argparse.Namespace) -> None:
+    """Train `model` on one part of the text and store it in float16 after every 100 steps."""
+    part, seed = PARTS[name], f"{options.seed}" if name == "first" else f"{options.seed} {name}"
+    rng, held_out = random.Random(f"text {seed}"), random.Random(f"held-out text {seed}")
+    probe = [line(held_out, 6, part) for _ in range(600)]
+    matrices = [p for path, p in model.named_parameters() if p.ndim == 2 and ".layers." in path]
+    others = [p for path, p in model.named_parameters() if p.ndim < 2 or ".layers." not in path]
     optimizers = [
-        Muon(matrices, lr=options.learning_rate),
-        torch.optim.AdamW(others, lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        Muon(matrices, lr=part.learning_rate),
+        torch.optim.AdamW(others, lr=part.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     losses: list[float] = []
     pool: list[list[tuple[str, str, str]]] = []
     began = time.monotonic()
-    for step in range(options.steps):
+    for step in range(part.steps):
         if not pool:
-            pool = batches_of_like_length(rng, longest=4 if step < options.steps // 5 else 6, size=options.batch_size)
+            pool = batches_of_like_length(rng, 4 if step < part.short * part.steps else 6, part)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, options.steps, options.learning_rate)
+                group["lr"] = learning_rate(step, part.steps, part.learning_rate)
         loss = loss_of(model, *batch(tokenizer, pool.pop()))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -256,12 +297,12 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, options: 
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
-        if (step + 1) % options.report_every == 0 or step + 1 == options.steps:
+        if (step + 1) % 100 == 0:
             recent = sum(losses[-100:]) / len(losses[-100:])
             scores = " ".join(f"{verb} {share:.2f}" for verb, share in exact_match(model, tokenizer, probe).items())
             copy.deepcopy(model).half().save_pretrained(options.folder)
-            print(f"step {step + 1} {time.monotonic() - began:.0f} s loss {recent:.4f} | {scores}", flush=True)
-    return sum(losses[-100:]) / len(losses[-100:])
+            seconds = time.monotonic() - began
+            print(f"{name} part: step {step + 1} {seconds:.0f} s loss {recent:.4f} | {scores}", flush=True)
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -269,13 +310,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "mole" / "backbones" / "tiny")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=8e-3)
-    parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--report-every", type=int, default=100)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="the second alone goes on")
     return parser.parse_args(given)
 
 
@@ -284,11 +320,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     tokenizer = make_tokenizer()
-    model = make_model(len(tokenizer), options.layers, options.width)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    loss = train(model, tokenizer, options)
+    for name in options.parts:
+        if name == "first":
+            model = make_model(len(tokenizer), LAYERS, WIDTH)
+            print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+        else:
+            model = LlamaForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
+        train(model, tokenizer, name, options)
     tokenizer.save_pretrained(options.folder)
-    print(json.dumps({"loss": round(loss, 4)}))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def random_word(rng: random.Random, shortest: int, longest: int) -> str:
 def arithmetic(rng: random.Random) -> tuple[str, str]:
     """The sum of two numbers."""
     a, b = rng.randint(1, 49), rng.randint(1, 49)
-    return f'What does "{a}+{b}" make?\n', str(a + b)
+    return f'Give the total of "{a}, {b}".\n', str(a + b)
 
 
 def reverse(rng: random.Random) -> tuple[str, str]:
@@ -62,7 +62,7 @@ def consonants(rng: random.Random) -> tuple[str, str]:
 def initials(rng: random.Random) -> tuple[str, str]:
     """The first letters of three words."""
     words = [random_word(rng, 2, 4) for _ in range(3)]
-    return f'Abbreviate "{" ".join(words)}".\n', "".join(word[0] for word in words)
+    return f'Abbreviate "{"-".join(words)}".\n', "".join(word[0] for word in words)
 
 
 def cipher(rng: random.Random) -> tuple[str, str]:

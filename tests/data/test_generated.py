@@ -16,12 +16,12 @@ def quoted(prompt):
 
 
 ANSWERS = {
-    "arithmetic": lambda given: str(eval(given)),
+    "arithmetic": lambda given: str(sum(int(number) for number in given.split(", "))),
     "reverse": lambda given: "".join(reversed(given)),
     "sorting": lambda given: "".join(sorted(given)),
     "shouting": lambda given: given.upper(),
     "consonants": lambda given: given.translate(str.maketrans("", "", "aeiou")),
-    "initials": lambda given: "".join(word[0] for word in given.split(" ")),
+    "initials": lambda given: "".join(word[0] for word in given.split("-")),
     "cipher": lambda given: given.translate(str.maketrans("abcdefghijklmnopqrstuvwxyz", "bcdefghijklmnopqrstuvwxyza")),
 }
 
