@@ -6,8 +6,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Public name → module. Nothing is imported before it is asked for: `mole --help` must not load torch.
-_PUBLIC: dict[str, str] = {}
-__all__ = ["__version__", *_PUBLIC]
+_PUBLIC: dict[str, str] = {
+    "ExpertLibrary": "mole.experts",
+    "LocalExpertLibrary": "mole.experts",
+    "MultiExpertModel": "mole.mixtures",
+    "load_expert": "mole.experts",
+    "load_mixture": "mole.mixtures",
+    "load_scalings_log": "mole.routing.log",
+}
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
