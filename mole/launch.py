@@ -84,7 +84,8 @@ def run_several(work: Work, count: int) -> Any:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its news are told by us
+    for name in [n for n in logging.root.manager.loggerDict if n.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own; its news are told by us
     settings: dict[str, Any] = {
         "min_nodes": 1,
         "max_nodes": 1,
