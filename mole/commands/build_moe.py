@@ -82,7 +82,7 @@ def run(config: BuildMoe) -> float | None:
         _log_examples(model, datasets, collate, log, config)
         if len(log):
             log.flush(run.scalings / "log", overwrite=True, decode=partial(_texts, backbone.tokenizer))
-        _keep(config, run, model, backbone, experts, datasets, collate, result)
+        _keep(config, run, model, backbone, experts, _some_batch(model, datasets, collate), result)
         if result is not None:
             run.update(result=dataclasses.asdict(result))
     return result.best_score if result else None
@@ -173,8 +173,7 @@ def _keep(
     model: MultiExpertModel,
     backbone: Backbone,
     experts: dict[str, Expert],
-    datasets: dict[str, DataSplits],
-    collate: Collate,
+    batch: dict[str, Any],
     result: FitResult | None,
 ) -> None:
     """Writes `mixture/` and checks that it gives what was built; `mixture.rejected/` holds what does not."""
@@ -192,13 +191,18 @@ def _keep(
     fresh = mixtures.load_mixture(
         run.mixture, backbones.load(config.backbone), kernel=config.kernel, allow_other_backbone=True
     )
-    first = next((list(splits.train[:4]) for splits in datasets.values()), None)
-    batch = collate(first) if first else {"input_ids": torch.arange(4)[None], "task_names": list(_some_task(model))}
     try:
         check_reloaded(model, fresh, batch)
     except ValueError:
         run.mixture.rename(run.mixture.with_name("mixture.rejected"))
         raise
+
+
+def _some_batch(model: MultiExpertModel, datasets: dict[str, DataSplits], collate: Collate) -> dict[str, Any]:
+    """A few examples to compare logits on; a row of token ids where no dataset was given."""
+    for splits in datasets.values():
+        return collate(list(splits.train[:4]))
+    return {"input_ids": torch.arange(4)[None], "task_names": list(_some_task(model))}
 
 
 def _some_task(model: MultiExpertModel) -> tuple[str, ...]:

@@ -14,9 +14,15 @@ class Quickstart:
     """Which tasks, and how long each part trains."""
 
     folder: str
-    tasks: Annotated[tuple[Task, ...], Field(min_length=2)] = ("arithmetic", "reverse", "sorting", "shouting", "cipher")
-    expert_steps: Annotated[int, Field(ge=1)] = 150
-    router_steps: Annotated[int, Field(ge=1)] = 100
+    tasks: Annotated[tuple[Task, ...], Field(min_length=2)] = (
+        "arithmetic",
+        "reverse",
+        "shouting",
+        "cipher",
+        "consonants",
+    )
+    expert_steps: Annotated[int, Field(ge=1)] = 90
+    router_steps: Annotated[int, Field(ge=1)] = 450
     seed: int = 0
 
     def __post_init__(self):
@@ -28,7 +34,7 @@ def lines(config: Quickstart) -> list[list[str]]:
     """The commands, as words without the leading `mole`; run in order, each leaves its own run in the folder."""
     folder = config.folder
     every = f"dataset=[{','.join(config.tasks)}]"
-    short = ["training.epochs=null", "training.batch_size=32", "training.checkpoint_every=null", f"seed={config.seed}"]
+    short = ["training.epochs=null", "training.evaluate_every=null", "training.checkpoint_every=null"]
     experts = [
         [
             "train-expert",
@@ -38,8 +44,10 @@ def lines(config: Quickstart) -> list[list[str]]:
             f"name={task}",
             f"library={folder}/library",
             f"training.max_steps={config.expert_steps}",
+            "training.batch_size=24",
             "training.learning_rate=5e-3",
             *short,
+            f"seed={config.seed}",
             f"run.folder={folder}/{task}",
         ]
         for task in config.tasks
@@ -50,11 +58,13 @@ def lines(config: Quickstart) -> list[list[str]]:
         f"library={folder}/library",
         every,
         "router.depth=2",
-        "router.size=64",
-        "router.layerwise=true",
+        "router.size=512",
+        "router.dropout=0.0",
         f"training.max_steps={config.router_steps}",
-        "training.learning_rate=3e-3",
+        "training.batch_size=16",
+        "training.learning_rate=6e-3",
         *short,
+        f"seed={config.seed}",
         f"run.folder={folder}/mixture",
     ]
     evaluate = [
@@ -63,6 +73,7 @@ def lines(config: Quickstart) -> list[list[str]]:
         every,
         f"model={folder}/mixture",
         "metric=exact_match",
+        "limit=100",
         f"seed={config.seed}",
         f"run.folder={folder}/evaluation",
     ]
