@@ -1,6 +1,7 @@
 """`mole build-moe`, `mole xlora-train`: the experts of a library under a router → a mixture, trained if the router learns."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from pydantic import Field
 
 from mole import backbones, data, mixtures
+from mole.analysis import MissingExtra, plot_run
 from mole.backbones import Backbone
 from mole.config import LauncherConfig, RunConfig, chosen_datasets, seed_for
 from mole.data import DataSplits, Sample
@@ -21,6 +23,7 @@ from mole.routing.log import RoutingLog
 from mole.run_folder import RunFolder
 from mole.training import FitResult, TrainingConfig, TrainingData, fit, make_accelerator
 
+logger = logging.getLogger(__name__)
 Collate = Callable[[list[Sample]], dict[str, Any]]
 
 
@@ -85,6 +88,7 @@ def run(config: BuildMoe) -> float | None:
         _keep(config, run, model, backbone, experts, _some_batch(model, datasets, collate), result)
         if result is not None:
             run.update(result=dataclasses.asdict(result))
+        _draw(run)
     return result.best_score if result else None
 
 
@@ -196,6 +200,16 @@ def _keep(
     except ValueError:
         run.mixture.rename(run.mixture.with_name("mixture.rejected"))
         raise
+
+
+def _draw(run: RunFolder) -> None:
+    """Leaves plots/ where there is a log to draw and matplotlib to draw it with."""
+    if not run.scalings.is_dir():
+        return
+    try:
+        plot_run(run.path)
+    except MissingExtra as missing:
+        logger.warning("no plots: %s; then mole plot %s", missing, run.path)
 
 
 def _some_batch(model: MultiExpertModel, datasets: dict[str, DataSplits], collate: Collate) -> dict[str, Any]:

@@ -87,4 +87,4 @@ def lines(config: Quickstart) -> list[list[str]]:
         f"seed={config.seed}",
         f"run.folder={folder}/text",
     ]
-    return [*experts, mixture, evaluate, generate, ["plot", f"{folder}/mixture"], ["plot", f"{folder}/text"]]
+    return [*experts, mixture, evaluate, generate, ["plot", f"{folder}/text"]]

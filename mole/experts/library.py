@@ -97,8 +97,10 @@ class ExpertLibrary:
         return Expert(card, fetch=lambda dest: self.backend.fetch(name, dest, card.revision))
 
     def check_free(self, name: str) -> None:
-        """Raise LibraryError if no expert can be added under `name`: it is not a valid name, or taken."""
+        """Raise LibraryError if no expert can be added under `name`: not a valid name, taken, or not to be written."""
         check_name(name)
+        self._may_write()
+        self.backend.check_writable()
         if self.exists():
             try:
                 card = self.card(name)

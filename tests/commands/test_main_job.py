@@ -248,3 +248,99 @@ def test_generate_says_what_it_cannot_do(walk, tmp_path, capsys, words, says):
     assert main(["generate", *SMALL, f"model={walk / 'mixture'}", *words, f"run.folder={tmp_path / 'run'}"]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# ---- bad input: found before anything starts, exit 2, nothing left
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["training.learning_rat=1"], "did you mean training.learning_rate"),
+        (["adapter=lorra"], "did you mean adapter=lora"),
+        (["training.max_steps=many"], "training.max_steps: must be"),
+        (["dataset=jsonl", "dataset.path=no.jsonl"], "no.jsonl"),
+        (["dataset=jsonl", "dataset.path=empty.jsonl"], "empty"),
+        (["dataset=jsonl", "dataset.path=broken.jsonl"], "broken.jsonl:2"),
+        (["dataset=jsonl", "dataset.path=silent.jsonl"], "no supervised token"),
+        (["adapter.targets=[q_prj]"], "did you mean q_proj"),
+        (["backbone.device=cuda:9"], "no such device"),
+        (["backbone=pretrained", "backbone.path=no/such/folder"], "no/such/folder"),
+        (["library=./a-file.txt"], "is a file"),
+        (["library=a-file.txt/inside"], "cannot be written"),
+        (["run.folder=a-file.txt/run"], "cannot be written"),
+        (["name=Not A Name"], "how about 'not-a-name'"),
+        (["expert=no/such"], "no library there"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_bad_input_is_said_before_anything_starts(tmp_path, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    (tmp_path / "silent.jsonl").write_text('{"prompt": "a", "completion": ""}\n' * 4)
+    (tmp_path / "a-file.txt").write_text("a file")
+    before = files(tmp_path)
+    dataset = [] if any(word.startswith("dataset=") for word in words) else data("reverse")
+    folder = [] if any(word.startswith("run.folder=") for word in words) else ["run.folder=run"]
+    backbone = ["backbone.device=cpu"] if not any("device" in word for word in words) else []
+    assert main(["train-expert", *backbone, *SHORT, *dataset, *folder, *words]) == 2
+    shown = capsys.readouterr().err
+    assert says in shown
+    assert "Traceback" not in shown
+    assert len(shown.splitlines()) < 24
+    assert files(tmp_path) == before
+
+
+def test_damaged_weights_in_a_library_are_named(walk, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(walk / "library", tmp_path / "library")
+    weights = tmp_path / "library" / "reverse" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7] + b"damaged")
+    words = [*SMALL, f"library={tmp_path / 'library'}", "router=uniform", f"run.folder={tmp_path / 'run'}"]
+    assert main(["build-moe", *words]) == 2
+    assert "adapter_model.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(["library", "verify", str(tmp_path / "library")]) == 1
+
+
+def test_an_expert_of_another_backbone_is_refused_showing_both(walk, tmp_path, capsys):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    other = tmp_path / "other"
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(other)
+    backbones.load(TinyConfig(device="cpu")).tokenizer.save_pretrained(other)
+    words = ["backbone=pretrained", f"backbone.path={other}", "backbone.device=cpu", f"library={walk / 'library'}"]
+    assert main(["build-moe", *words, "router=uniform", f"run.folder={tmp_path / 'run'}"]) == 2
+    shown = capsys.readouterr().err
+    assert "'mole/tiny'" in shown
+    assert "'other'" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_library_is_named(tmp_path, capsys):
+    words = [*SMALL, f"library={tmp_path / 'nowhere'}", "router=uniform", f"run.folder={tmp_path / 'run'}"]
+    assert main(["build-moe", *words]) == 2
+    assert "no library there" in capsys.readouterr().err
+
+
+# ---- two processes
+@pytest.mark.slow
+def test_two_processes_train_the_same_router(walk, tmp_path):
+    words = [
+        *SMALL,
+        *SHORT,
+        *data("reverse", "shouting"),
+        f"library={walk / 'library'}",
+        "router.depth=2",
+        "router.size=16",
+    ]
+    words += ["router.dropout=0.0", "log_examples=0", "log_every=null"]
+    mole("xlora-train", *words, f"run.folder={tmp_path / 'one'}")
+    mole("xlora-train", *words, "launcher.num_processes=2", f"run.folder={tmp_path / 'two'}")
+    from safetensors.torch import load_file
+
+    one, two = (load_file(tmp_path / name / "mixture" / "router.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        assert (tensor - two[name]).abs().max() < 1e-4, name

@@ -38,6 +38,10 @@ class Backend(Protocol):
         """
         ...
 
+    def check_writable(self) -> None:
+        """Raise ReadOnly or NoLibrary if nothing could be published here. Writes nothing."""
+        ...
+
     def remove(self, name: str, expect: Version) -> None:
         """Take an expert away. Raises Conflict, and changes nothing, if it is not at that version; ReadOnly."""
         ...

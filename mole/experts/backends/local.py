@@ -205,14 +205,20 @@ class LocalBackend:
         at = f"at revision {revision[:8]}" if revision else "damaged"
         raise Conflict(f"{self.url}/{name} is there, {at}" + (", changed meanwhile" if expect else ""), revision)
 
-    def _prepare(self) -> None:
-        if self._aside.is_dir():
-            return
+    def check_writable(self) -> None:
+        """Raise NoLibrary or ReadOnly if an expert could not be published here. Writes nothing."""
         if self.root.exists() and not self.root.is_dir():
             raise NoLibrary(f"{self.url} is a file, not a folder")
         if self.root.is_dir() and any(self.root.iterdir()) and not self.exists():
             raise NoLibrary(f"{self.url} is not empty and no library; choose a new or an empty folder for one")
-        self._aside.mkdir(parents=True, exist_ok=True)
+        place = next(p for p in (self._aside, self.root, *self.root.absolute().parents) if p.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise ReadOnly(f"{self.url} cannot be written: {place} is no folder, or not yours to write; choose another")
+
+    def _prepare(self) -> None:
+        if not self._aside.is_dir():
+            self.check_writable()
+            self._aside.mkdir(parents=True, exist_ok=True)
 
     def _keep(self, name: str, folder: Path) -> None:
         """Move a revision that is current no longer into the history; one that is there already was the same."""
