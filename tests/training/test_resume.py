@@ -49,7 +49,7 @@ def test_a_run_killed_before_many_file_operations_ends_with_the_same_bytes(tmp_p
 
 @pytest.mark.slow
 def test_a_run_killed_over_and_over_at_random_moments_ends_with_the_same_bytes(tmp_path):
-    assert_as_if_never_killed(killed(tmp_path, "time", 12), least_kills=3)
+    assert_as_if_never_killed(killed(tmp_path, "time", 12), least_kills=1)
 
 
 class Interrupted(Exception):
