@@ -36,8 +36,8 @@ for domain in "${domains[@]}"; do
 done
 
 "$mole" xlora-train "${backbone[@]}" library=local "library.url=$out/library" "${mixed[@]}" \
-  router.depth=2 router.size=64 router.dropout=0.0 router.layerwise=true \
-  training.max_steps="${ROUTER_STEPS:-150}" training.epochs=null training.batch_size=8 training.learning_rate=3e-3 \
+  router.depth=2 router.size=256 router.dropout=0.0 \
+  training.max_steps="${ROUTER_STEPS:-150}" training.epochs=null training.batch_size=8 training.learning_rate=5e-3 \
   training.evaluate_every=50 training.checkpoint_every=50 name=domains "run.folder=$out/mixture" run.resume=auto
 
 rm -rf "$out/evaluation" "$out/text"
