@@ -20,6 +20,10 @@ class LoraBank(nn.Module):
     (parameters, not buffers: data-parallel training would broadcast buffers at every forward).
     """
 
+    _scales: Tensor
+    _present: Tensor
+    _local: Tensor
+
     def __init__(
         self, experts: Mapping[int, LoraWeights], num_experts: int, *, dtype: torch.dtype, kernel: str = "auto"
     ):

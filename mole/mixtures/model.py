@@ -65,7 +65,7 @@ class MultiExpertModel(nn.Module, GenerationMixin):
         super().__init__()
         if not experts:
             raise ValueError("a mixture needs at least one expert, got none")
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.context = RoutingContext()
         self.listeners: list[Listener] = []
         self._outlines = {name: replace(adapter, modules={}) for name, adapter in experts.items()}
@@ -303,7 +303,7 @@ class MultiExpertModel(nn.Module, GenerationMixin):
         self.eval()
         try:
             with self.context.push(frame):
-                return super().generate(*args, **kwargs)
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             for module in training:
                 module.training = True

@@ -33,6 +33,7 @@ class TaskRouter(Router):
     """
 
     needs = frozenset({"task_names"})
+    _device: Tensor
 
     def __init__(self, config: TaskConfig, shape: MixtureShape, *, input_dim: int | None = None):
         super().__init__(config, shape, input_dim=input_dim)

@@ -22,6 +22,8 @@ class UniformConfig:
 class UniformRouter(Router):
     """w_e = 1/E over the experts that are not excluded. Raises ValueError if none is left or a name is unknown."""
 
+    weights: Tensor
+
     def __init__(self, config: UniformConfig, shape: MixtureShape, *, input_dim: int | None = None):
         super().__init__(config, shape, input_dim=input_dim)
         for name in config.exclude:
