@@ -14,7 +14,7 @@ _PUBLIC: dict[str, str] = {
     "load_mixture": "mole.mixtures",
     "load_scalings_log": "mole.routing.log",
 }
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

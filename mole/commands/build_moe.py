@@ -1,4 +1,4 @@
-"""`mole build-moe`, `mole xlora-train`: the experts of a library under a router → a mixture, trained if the router learns."""
+"""`mole build-moe`, `mole xlora-train`: experts of a library and a router → a mixture, trained if the router learns."""
 
 import dataclasses
 import logging

@@ -147,7 +147,7 @@ def _of_datasets(config: Generate, backbone: Backbone) -> list[Prompt]:
 
 
 def _checked(prompts: list[Prompt], config: Generate, backbone: Backbone) -> list[Prompt]:
-    """The prompts, each with something to start from and room to go on. Raises ValueError, naming the first that has not."""
+    """The prompts, each with something to start from and room to go on. Raises ValueError, naming one that has not."""
     room = backbone.context_length
     for prompt in prompts:
         if not prompt.ids:

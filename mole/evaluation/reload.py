@@ -1,4 +1,4 @@
-"""The check at the end of every training run: what was written gives, in a fresh model, what the trained model gives."""
+"""The check at the end of a training run: what was written gives, in a fresh model, what the trained model gives."""
 
 from typing import Any
 
