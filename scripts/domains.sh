@@ -4,7 +4,7 @@
 # Usage: scripts/domains.sh <data folder> [output folder]
 #   <data folder> has models/stories260K/hf and corpora/{tinystories_sample,tinyshakespeare,tinymoliere,nottingham_abc}.txt
 #   and corpora/wikitext-2/{valid,test}.txt
-# EXPERT_STEPS and ROUTER_STEPS (default 120 and 150) change how long it trains. About 12 minutes on 2 cores.
+# EXPERT_STEPS and ROUTER_STEPS (default 120 and 150) change how long it trains. About 8 minutes on 2 cores.
 set -euo pipefail
 data="${1:?usage: scripts/domains.sh <data folder> [output folder]}"
 data="$(cd "$data" && pwd)"
