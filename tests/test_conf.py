@@ -153,7 +153,7 @@ def test_every_field_is_commented_and_every_file_begins_with_a_sentence(file):
     assert yaml_files.sentence(file).endswith((".", "?", "!"))
     entries = yaml_files.entries(file).values()
     parents = {e.key.rpartition(".")[0] for e in entries}
-    bare = [e.key for e in entries if not e.comment and e.key not in parents and e.key != "name"]
+    bare = [e.key for e in entries if not e.comment and e.key not in parents]
     assert not bare, "no comment"
 
 

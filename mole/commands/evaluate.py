@@ -75,7 +75,7 @@ def _samples(name: str, splits: DataSplits, config: Evaluate) -> Sequence[Sample
     if not samples:
         known = [split for split in ("train", "validation", "test") if getattr(splits, split)]
         raise ValueError(f"dataset {name} has no {config.split} split: choose split={' or '.join(known)}")
-    return samples[: config.limit]
+    return data.spread(samples, config.limit)
 
 
 def _rows(model: MultiExpertModel, wanted: Sequence[Row] | None) -> Iterator[tuple[str, Routed]]:

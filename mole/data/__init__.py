@@ -4,7 +4,7 @@ from mole.data import csv, generated, hub, jsonl, parquet, text
 from mole.data.batches import collate, epoch_order
 from mole.data.joined import joined
 from mole.data.load import load, load_many
-from mole.data.samples import IGNORED, DataSplits, Sample, Split
+from mole.data.samples import IGNORED, DataSplits, Sample, Split, spread
 
 __all__ = [
     "IGNORED",
@@ -21,5 +21,6 @@ __all__ = [
     "load",
     "load_many",
     "parquet",
+    "spread",
     "text",
 ]

@@ -2,9 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import TypeVar, overload
 
 IGNORED = -100
+Item = TypeVar("Item")
+
+
+def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """`limit` of the items at equal distances from first to last, in order; all of them if `limit` is None or more."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[index * len(items) // limit] for index in range(limit)]
 
 
 @dataclass(frozen=True)

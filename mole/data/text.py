@@ -8,7 +8,7 @@ from pydantic import Field
 from mole.data.encode import Encoded, assemble
 from mole.data.jsonl import read_text
 from mole.data.records import Count, HeldOut, Share, existing_file
-from mole.data.samples import DataSplits, Sample
+from mole.data.samples import DataSplits, Sample, spread
 from mole.registry import DATASETS, config_dataclass
 
 
@@ -23,6 +23,7 @@ class TextConfig:
     validation: HeldOut = 0.1
     test: HeldOut = None
     limit: Count | None = None
+    held_out_limit: Count | None = None
 
 
 @DATASETS.register("text", TextConfig)
@@ -45,8 +46,13 @@ def load_text(config: TextConfig, tokenizer: Any, *, seed: int, context_length: 
     for split, wanted in (("validation", config.validation), ("test", config.test)):
         if isinstance(wanted, int):
             splits[split] = (splits[split] or [])[:wanted]
-    if config.limit is not None:
-        splits["train"] = (splits["train"] or [])[: config.limit]
+    for split, limit in (
+        ("train", config.limit),
+        ("validation", config.held_out_limit),
+        ("test", config.held_out_limit),
+    ):
+        if splits[split] is not None:
+            splits[split] = spread(splits[split] or [], limit)
     return assemble(task, dict(splits), max_unsupervised=1.0)
 
 

@@ -60,10 +60,18 @@ def test_a_single_token_left_over_is_dropped_and_counted(load, tmp_path):
     assert data.dropped == 1
 
 
-def test_a_limit_takes_the_first_training_windows_and_leaves_held_out_ones(load, path):
-    data = load(name="text", path=path, window=50, validation=0.1, limit=3)
-    assert joined(data.train) == LINES[:150]
-    assert len(data.validation) == 8
+def test_limits_take_windows_at_equal_distances_of_each_part(load, path):
+    every = load(name="text", path=path, window=50, validation=0.1, test=0.1)
+    few = load(name="text", path=path, window=50, validation=0.1, test=0.1, limit=3, held_out_limit=2)
+    third, half = len(every.train) / 3, len(every.test) / 2
+    assert list(few.train) == [every.train[int(third * n)] for n in range(3)]
+    assert list(few.test) == [every.test[int(half * n)] for n in range(2)]
+    assert len(few.validation) == 2
+
+
+def test_a_limit_above_what_there_is_takes_all(load, path):
+    every = load(name="text", path=path, window=50, validation=0.1)
+    assert load(name="text", path=path, window=50, validation=0.1, limit=10_000, held_out_limit=10_000) == every
 
 
 def test_a_window_longer_than_the_backbone_takes_is_refused(load, path):
