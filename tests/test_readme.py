@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import mole
-from mole.cli import COMMANDS
+from mole.cli.main import COMMANDS
 
 PACKAGE = Path(mole.__file__).parent
 README = PACKAGE.parent / "README.md"

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mole import cli
+from mole.cli import main as cli
 from mole.command import Command
-from mole.config import LauncherConfig, RunConfig
+from mole.config.nodes import LauncherConfig, RunConfig
 from mole.registry import config_dataclass
 from mole.run_folder import RunFolder, RunStopped, write_atomically
 

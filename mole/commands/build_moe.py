@@ -13,7 +13,8 @@ from pydantic import Field
 from mole import backbones, data, mixtures
 from mole.analysis import MissingExtra, plot_run
 from mole.backbones import Backbone
-from mole.config import LauncherConfig, RunConfig, chosen_datasets, seed_for
+from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
+from mole.config.seeds import seed_for
 from mole.data import DataSplits, Sample
 from mole.evaluation import Validation, check_reloaded, mean_loss
 from mole.experts import Expert, ExpertLibrary

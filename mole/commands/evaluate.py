@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mole import backbones, data, mixtures
 from mole.backbones import Backbone
-from mole.config import RunConfig, chosen_datasets
+from mole.config.nodes import RunConfig, chosen_datasets
 from mole.data import DataSplits, Sample
 from mole.evaluation import Table, exact_match, mean_loss, total
 from mole.mixtures import MultiExpertModel

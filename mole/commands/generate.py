@@ -14,7 +14,8 @@ from rich.console import Console
 
 from mole import backbones, data, mixtures
 from mole.backbones import Backbone
-from mole.config import RunConfig, chosen_datasets, seed_for
+from mole.config.nodes import RunConfig, chosen_datasets
+from mole.config.seeds import seed_for
 from mole.data.encode import text_ids
 from mole.evaluation.exact_match import end_ids
 from mole.mixtures import MultiExpertModel

@@ -7,7 +7,8 @@ from typing import Any
 
 from mole import adapters, backbones, data
 from mole.backbones import Backbone
-from mole.config import LauncherConfig, RunConfig, chosen_datasets, seed_for
+from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
+from mole.config.seeds import seed_for
 from mole.data import DataSplits
 from mole.evaluation import Validation, check_reloaded
 from mole.experts import Expert, ExpertLibrary, check_backbone, check_name, describe, load_expert

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mole.config import seed_for
+from mole.config.seeds import seed_for
 
 State = dict[str, Any]
 

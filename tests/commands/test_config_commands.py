@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mole.cli import main
-from mole.yaml_files import conf_dir
+from mole.cli.main import main
+from mole.config.yaml_files import conf_dir
 
 
 @pytest.fixture(autouse=True)

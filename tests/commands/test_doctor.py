@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from mole import saved_config
-from mole.cli import main
+from mole.cli.main import main
 from mole.commands import doctor
+from mole.config import saved as saved_config
 from mole.run_folder import RunFolder
 
 

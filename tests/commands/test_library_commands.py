@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mole.adapters import Adapter, LoraWeights
-from mole.cli import main
+from mole.cli.main import main
 from mole.experts import BackboneRef, Expert, ExpertLibrary, describe, load_expert
 
 

@@ -8,7 +8,7 @@ from walk import SHORT, SMALL, data, files, mole, train
 
 from mole import adapters, backbones
 from mole.backbones.tiny_backbone import TinyConfig
-from mole.cli import main
+from mole.cli.main import main
 from mole.experts import ExpertLibrary, load_expert
 from mole.mixtures import load_mixture, open_model
 from mole.routing.log import load_routing_log

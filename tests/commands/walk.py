@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mole.cli import main
+from mole.cli.main import main
 
 SMALL = ["backbone=tiny", "backbone.device=cpu"]
 SHORT = [

@@ -3,9 +3,9 @@
 import json
 from typing import Literal
 
-from mole.engine import folders
+from mole.config.engine import folders
+from mole.config.yaml_files import sentence
 from mole.registry import config_dataclass, unknown
-from mole.yaml_files import sentence
 
 
 @config_dataclass

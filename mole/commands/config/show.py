@@ -1,6 +1,6 @@
 """`mole config show`: the YAML file of one option, or of a command, with its comments."""
 
-from mole.engine import folders
+from mole.config.engine import folders
 from mole.registry import config_dataclass, unknown
 
 

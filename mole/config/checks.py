@@ -1,41 +1,21 @@
 """From a composed configuration to a command's frozen dataclass, with one line for everything that is wrong in it.
 
-Composing itself (conf/, the user's folders, overrides) is done by `mole.engine`. Here are the nodes that all commands
-share, the check against the closed schema, and the seeds of a run's random streams.
+Composing itself (conf/, the user's folders, overrides) is done by `mole.config.engine`.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from mole import secrets
 from mole.command import Command
-from mole.registry import DATASETS, config_dataclass, nearest
-from mole.yaml_files import conf_dir as conf_dir
+from mole.config.nodes import not_chosen
+from mole.registry import nearest
 
 _SHOWN = 80  # characters of a wrong value that an error shows
-
-
-@config_dataclass
-class RunConfig:
-    """Where a run lands and how it goes on."""
-
-    folder: str = Field(min_length=1)
-    resume: Literal["never", "auto"] = "never"
-    deterministic: bool = False
-
-
-@config_dataclass
-class LauncherConfig:
-    """How many processes on this machine share one run; None: one for each GPU that is seen, one without a GPU."""
-
-    name: Literal["auto"] = "auto"
-    num_processes: int | None = Field(default=None, ge=1, le=1024)
 
 
 class ConfigProblems(ValueError):
@@ -47,38 +27,6 @@ class ConfigProblems(ValueError):
 
     def __reduce__(self):
         return type(self), (self.lines,)
-
-
-def seed_for(stream: str, seed: int, rank: int = 0) -> int:
-    """The seed, from 0 to 2**63 - 1, of one named random stream ("init", "data", "dropout" …) on one rank of a run.
-
-    It depends on its three arguments alone, so that a new stream leaves all others as they were.
-    """
-    digest = hashlib.sha256(f"mole\n{stream}\n{seed}\n{rank}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def chosen_datasets(config: Any) -> dict[str, Any]:
-    """The datasets of a command with the fields `dataset` (one or None) and `datasets` (by name), by name.
-
-    Raises ValueError unless exactly one of the two is given.
-    """
-    if config.dataset is None and not config.datasets:
-        raise ValueError(_not_chosen("dataset", DATASETS.names()))
-    if config.dataset is not None and config.datasets:
-        raise ValueError(
-            "dataset and datasets are both given; choose one with dataset=<name>, or several with dataset=[<a>,<b>]"
-        )
-    if config.dataset is None:
-        return dict(config.datasets)
-    return {getattr(config.dataset, "task", None) or config.dataset.name: config.dataset}
-
-
-def compose(command: str, overrides: Sequence[str] = (), config_dirs: Sequence[str | Path] = ()) -> dict[str, Any]:
-    """The configuration of a command ("train-expert") as plain, resolved data. Raises ValueError, Hydra's errors."""
-    from mole import engine  # Hydra: not needed by those who only check or derive seeds
-
-    return engine.compose(Command(command).config_name, overrides, config_dirs)
 
 
 def validate(
@@ -102,7 +50,7 @@ def validate(
     except ValidationError as error:
         open_groups = [g for g in required if not node.get(g) and not node.get(f"{g}s")]
         lines += _Reader(node, options or {}, where).lines(error)
-        lines += [_not_chosen(group, (options or {}).get(group, [])) for group in open_groups]
+        lines += [not_chosen(group, (options or {}).get(group, [])) for group in open_groups]
     except TypeError as error:
         raise ConfigProblems([f"the configuration is not plain data: {error}"]) from None
     else:
@@ -154,7 +102,7 @@ class _Reader:
             return [line for line in text.splitlines() if line.strip()]
         if kind.startswith("missing"):
             choices = self.options.get(key)
-            return [_not_chosen(key, choices) if choices else f"{key}: required{self._hint(path)}"]
+            return [not_chosen(key, choices) if choices else f"{key}: required{self._hint(path)}"]
         behind = self.where(key)
         behind = f"   {behind}" if behind else ""
         if kind == "unexpected_keyword_argument":
@@ -216,10 +164,6 @@ def _wanted(error: Any) -> str:
         return f"text of the form {context['pattern']}"
     text = re.sub(r"^(Value error, |Input should |String should |Value should )", "", error["msg"])
     return re.sub(r"^be ", "", text) if text != error["msg"] else f"as it says: {text}"
-
-
-def _not_chosen(group: str, options: list[str]) -> str:
-    return f"{group}: not chosen; choose one: {', '.join(f'{group}={o}' for o in options)}"
 
 
 def _shown(value: Any) -> str:

@@ -12,9 +12,9 @@ import toy_command
 import yaml
 from toy_command import CONF, main
 
-from mole import cli
-from mole.completion import SHELLS, complete
-from mole.engine import engine
+from mole.cli import main as cli
+from mole.cli.completion import SHELLS, complete
+from mole.config.engine import engine
 
 CREAM = "topping=cream"
 
@@ -58,7 +58,7 @@ def test_overview_lists_every_command_once(capsys):
 def test_what_needs_no_command_imports_nothing_heavy(words):
     heavy = {"torch", "hydra", "omegaconf", "rich", "pydantic", "transformers", "numpy", "yaml"}
     code = (
-        f"import sys; from mole.cli import main; main({words!r}); "
+        f"import sys; from mole.cli.main import main; main({words!r}); "
         f"print(sorted({heavy!r} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -69,7 +69,9 @@ def test_what_needs_no_command_imports_nothing_heavy(words):
     "words", [["train-expert", "--help"], ["train-expert", "--cfg", "job"], ["train-expert", "x=1"]]
 )
 def test_help_and_composition_import_no_torch(words):
-    code = f"import sys; from mole.cli import main; main({words!r}); print('torch' in sys.modules, file=sys.stderr)"
+    code = (
+        f"import sys; from mole.cli.main import main; main({words!r}); print('torch' in sys.modules, file=sys.stderr)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "False"
 
@@ -92,7 +94,7 @@ def test_help_shows_the_groups_and_settings_of_what_is_chosen(capsys):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_help_if_it_has_a_configuration(name, capsys):
-    if not (Path(cli.__file__).parent.parent / "conf" / f"{name.replace(' ', '-')}.yaml").is_file():
+    if not (Path(cli.__file__).parents[2] / "conf" / f"{name.replace(' ', '-')}.yaml").is_file():
         pytest.skip(f"conf/{name}.yaml is not written yet")
     assert cli.main([*name.split(), "--help"]) == 0
     text = capsys.readouterr().out
@@ -101,7 +103,7 @@ def test_every_command_has_help_if_it_has_a_configuration(name, capsys):
 
 
 def test_every_example_of_a_help_text_composes():
-    from mole.overrides import fill_operands, rewrite
+    from mole.config.overrides import fill_operands, rewrite
 
     for command in cli.COMMANDS.values():
         for example in command.examples:
@@ -491,7 +493,7 @@ def test_tab_offers_folders_after_flags_that_take_one():
 
 def test_completion_of_the_real_commands_needs_no_torch():
     env = {**os.environ, "COMP_LINE": "mole train-expert dataset=ar"}
-    code = "import sys; from mole.cli import main; main(['__complete']); print('torch' in sys.modules)"
+    code = "import sys; from mole.cli.main import main; main(['__complete']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.splitlines() == ["dataset=arithmetic", "False"]
     assert complete("mole library a", cli.COMMANDS, []) == ["add"]
@@ -529,7 +531,7 @@ COMP_LINE="mole train-expert training.max_"; COMP_POINT=${{#COMP_LINE}}; _mole; 
 
 
 def test_a_reader_that_leaves_early_is_no_error():
-    code = "import sys; from mole.cli import main; sys.exit(main(['config', 'ls', '--json']))"
+    code = "import sys; from mole.cli.main import main; sys.exit(main(['config', 'ls', '--json']))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         assert run.stdout is not None
         assert run.stderr is not None

@@ -17,12 +17,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import mole
-from mole import engine as engines
-from mole import help as texts
-from mole import overrides as override_words
-from mole import runs, saved_config, secrets, sweep, yaml_files
+from mole import secrets
+from mole.cli import help as texts
+from mole.cli import runs, sweep
 from mole.command import Command
-from mole.config import ConfigProblems
+from mole.config import engine as engines
+from mole.config import overrides as override_words
+from mole.config import saved as saved_config
+from mole.config import yaml_files
+from mole.config.checks import ConfigProblems
 from mole.registry import nearest
 from mole.run_folder import RunFolder
 

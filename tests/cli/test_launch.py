@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from mole import launch, runs
+from mole.cli import launch, runs
 from mole.command import Command
 from mole.log import log_file, start_log
 from mole.run_folder import RunFolder, RunStopped
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 TWO = "launcher.num_processes=2"
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mole.command import Command
 
 if TYPE_CHECKING:
-    from mole.engine import Engine
+    from mole.config.engine import Engine
 
 PURPOSES = {
     "train": "train experts and routers",
@@ -58,7 +58,7 @@ def overview(commands: Mapping[str, Command], family: str = "") -> str:
 
 def plain_command(command: Command, file: Path) -> str:
     """Help of a command without groups: its file's comments are all there is to say, and need no engine."""
-    from mole import yaml_files
+    from mole.config import yaml_files
 
     rows = [(e.key, _short(e.value), e.comment) for e in yaml_files.entries(file).values() if e.is_leaf]
     return _page(command, yaml_files.sentence(file), [("settings (key=value)", rows)], has_run=False)
@@ -66,8 +66,8 @@ def plain_command(command: Command, file: Path) -> str:
 
 def full_command(command: Command, engine: "Engine", overrides: Sequence[str], show_all: bool) -> str:
     """Help of a command with groups: what is chosen under `overrides`, and the settings of that."""
-    from mole import yaml_files
-    from mole.saved_config import leaves
+    from mole.config import yaml_files
+    from mole.config.saved import leaves
 
     chosen = engine.groups(overrides)
     own = yaml_files.defaults(engine.primary_file())

@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
 
 def _main(words: list[str], commands: Mapping[str, Command]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        from mole import help as texts
+        from mole.cli import help as texts
 
         print(texts.overview(commands))
         return 0
@@ -124,7 +124,7 @@ def _main(words: list[str], commands: Mapping[str, Command]) -> int:
         return _completion(words[1:])
     families = {name.partition(" ")[0] for name in commands if " " in name}
     if words[0] in families and (len(words) == 1 or words[1] in ("-h", "--help")):
-        from mole import help as texts
+        from mole.cli import help as texts
 
         print(texts.overview(commands, words[0]))
         return 0
@@ -145,15 +145,15 @@ def _main(words: list[str], commands: Mapping[str, Command]) -> int:
 
 def _guarded(command: Command, given: argparse.Namespace, commands: Mapping[str, Command]) -> int:
     """Runs the command; what goes wrong before it starts is the user's, and is said in a few lines."""
-    from mole import help as texts
-    from mole import yaml_files
+    from mole.cli import help as texts
+    from mole.config import yaml_files
 
     file = yaml_files.conf_dir() / f"{command.config_name}.yaml"
     folders = [*given.config_dir, *filter(None, os.environ.get("MOLE_CONFIG_DIR", "").split(os.pathsep))]
     if given.help and not folders and not given.words and file.is_file() and not yaml_files.defaults(file):
         print(texts.plain_command(command, file))
         return 0
-    from mole import invoke  # Hydra, from here on
+    from mole.cli import invoke  # Hydra, from here on
 
     return invoke.run(command, given, folders, lambda words: _main(words, commands))
 
@@ -204,7 +204,7 @@ def _versions() -> int:
 
 
 def _completion(words: list[str]) -> int:
-    from mole.completion import SHELLS
+    from mole.cli.completion import SHELLS
 
     if len(words) != 1 or words[0] not in SHELLS:
         return _fail([f"mole completion takes one of {', '.join(SHELLS)}"])
@@ -214,7 +214,7 @@ def _completion(words: list[str]) -> int:
 
 def _complete(line: str, commands: Mapping[str, Command]) -> int:
     """Prints candidates; a line that cannot be completed has none, and an error would only disturb the typing."""
-    from mole.completion import complete
+    from mole.cli.completion import complete
 
     flags = [flag for action in parser("")._actions for flag in action.option_strings]
     try:

@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mole import host, saved_config
+from mole import host
 from mole.command import Command
-from mole.config import validate
+from mole.config import saved as saved_config
+from mole.config.checks import validate
 from mole.log import log_file, start_log
 from mole.run_folder import RunFolder, RunStopped, write_atomically
 

@@ -18,9 +18,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from mole import yaml_files
-from mole.overrides import WRAPPED, rewrite
-from mole.yaml_files import conf_dir
+from mole.config import yaml_files
+from mole.config.overrides import WRAPPED, rewrite
+from mole.config.yaml_files import conf_dir
 
 # mole owns the run's folder and log: no `.hydra/` (it would keep what was typed), no log set-up, no folder of Hydra's.
 QUIET = ("hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.run.dir=.")

@@ -66,9 +66,9 @@ def complete(line: str, commands: Mapping[str, Command], flags: Sequence[str]) -
 def _settings(command: Command, before: list[str], word: str) -> list[str]:
     from omegaconf import OmegaConf
 
-    from mole.engine import engine
-    from mole.overrides import is_override, rewrite
-    from mole.saved_config import leaves
+    from mole.config.engine import engine
+    from mole.config.overrides import is_override, rewrite
+    from mole.config.saved import leaves
 
     with engine(command.config_name, config_folders(before)) as tree:
         groups = tree.groups()

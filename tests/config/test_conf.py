@@ -12,12 +12,13 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from mole import registry, yaml_files
-from mole.cli import COMMANDS
+from mole import registry
+from mole.cli.main import COMMANDS
 from mole.command import Command
-from mole.config import ConfigProblems, dump, validate
-from mole.engine import engine, plain
-from mole.overrides import rewrite
+from mole.config import yaml_files
+from mole.config.checks import ConfigProblems, dump, validate
+from mole.config.engine import engine, plain
+from mole.config.overrides import rewrite
 
 CONF = yaml_files.conf_dir()
 PRESETS = "experiment"

@@ -24,7 +24,7 @@ class Entry:
 
 def conf_dir() -> Path:
     """`conf/` in the package (installed) or beside it (source tree), absolute. Raises FileNotFoundError."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "launcher" / "auto.yaml").is_file():
             return folder

@@ -12,9 +12,13 @@ from omegaconf import OmegaConf
 from pydantic import Field
 from toy_command import Toy
 
-from mole import engine, saved_config, secrets, yaml_files
-from mole.config import ConfigProblems, chosen_datasets, dump, seed_for, validate
-from mole.overrides import fill_operands, is_override, quote, rewrite
+from mole import secrets
+from mole.config import engine, yaml_files
+from mole.config import saved as saved_config
+from mole.config.checks import ConfigProblems, dump, validate
+from mole.config.nodes import chosen_datasets
+from mole.config.overrides import fill_operands, is_override, quote, rewrite
+from mole.config.seeds import seed_for
 from mole.registry import config_dataclass
 
 NODE = {

@@ -13,10 +13,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from mole import engine as engines
-from mole import runs
+from mole.cli import runs
 from mole.command import Command
-from mole.config import ConfigProblems
+from mole.config import engine as engines
+from mole.config.checks import ConfigProblems
 from mole.run_folder import RunFolder
 from mole.secrets import scrub
 

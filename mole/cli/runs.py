@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mole import host, launch, saved_config
+from mole import host
+from mole.cli import launch
 from mole.command import Command
-from mole.config import ConfigProblems, validate
+from mole.config import saved as saved_config
+from mole.config.checks import ConfigProblems, validate
 from mole.run_folder import RunFolder, RunStopped, write_atomically
 from mole.secrets import scrub
 

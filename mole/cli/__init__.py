@@ -1,0 +1,1 @@
+"""The command line: find the command, compose its configuration, run it here or in several processes."""
