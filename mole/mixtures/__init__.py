@@ -1,7 +1,7 @@
 """Mixtures: the one layer that spends a routing, and the model that owns the layers and their router."""
 
 from mole.mixtures.adapter_mixture import MixtureLayer
-from mole.mixtures.bank import LoraBank
+from mole.mixtures.banks import LoraBank
 from mole.mixtures.cache import TwoStreamCache
 from mole.mixtures.files import Origin, load_mixture, origins_of, save_mixture
 from mole.mixtures.model import MultiExpertModel

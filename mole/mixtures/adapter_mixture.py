@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mole.mixtures.bank import LoraBank
+from mole.mixtures.banks import LoraBank
 from mole.routers import Router
 from mole.routing import Frame, Routing, RoutingContext
 

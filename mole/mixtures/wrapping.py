@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from mole.adapters import Adapter
 from mole.backbones.modules import in_out_features, replace_module
 from mole.mixtures.adapter_mixture import MixtureLayer
-from mole.mixtures.bank import LoraBank
+from mole.mixtures.banks import LoraBank
 from mole.registry import nearest
 from mole.routing import RoutingContext
 
