@@ -13,6 +13,7 @@ from mole.training.batches import SampleStream
 from mole.training.devices import peak_memory
 from mole.training.learner import Learner
 from mole.training.metrics import MetricsFile
+from mole.training.origins import fingerprints, require_same
 from mole.training.progress import TrainingProgress
 from mole.training.random_streams import streams_kept
 from mole.training.saving import Saver
@@ -64,6 +65,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self._clock = time.monotonic()
+        self.origins = fingerprints(self.learner.model, self.stream.data.train)
 
     def restore(self) -> bool:
         """Goes on from the newest whole checkpoint; False if there is none."""
@@ -71,6 +73,7 @@ class Session:
         if found is None:
             return False
         facts, self.selection = found
+        require_same(facts["origins"], self.origins)
         self.counters = Counters(**facts["counters"])
         self.last_metrics, self.evaluated_step = facts["last_metrics"], facts["evaluated_step"]
         self.saved_step = self.counters.step
@@ -185,6 +188,7 @@ class Session:
             "counters": asdict(self.counters),
             "last_metrics": self.last_metrics,
             "evaluated_step": self.evaluated_step,
+            "origins": self.origins,
         }
         if self.saver.save(step, facts, self.selection, self.metrics) is not None:
             self.saved_step = step

@@ -375,3 +375,16 @@ def test_a_checkpoint_holds_what_a_router_keeps_beside_its_weights(tmp_path):
     again = Counting()
     fit_toy(again, tmp_path, recipe(max_steps=5), resume=True)
     assert again.load.item() == 5
+
+
+@pytest.mark.parametrize("changed", ["frozen weights", "training data"])
+def test_a_run_goes_on_only_over_what_it_began_with(changed, tmp_path):
+    settings = recipe(max_steps=4, checkpoint_every=2)
+    fit_toy(ToyModel(), tmp_path, settings, toy_data())
+    model = ToyModel()
+    if changed == "frozen weights":
+        model.embedding.data[0, 0] += 1.0
+    data = toy_data(seed=1) if changed == "training data" else toy_data()
+    with pytest.raises(ValueError, match=f"the {changed} of this run are not those that it began with"):
+        fit_toy(model, tmp_path, recipe(max_steps=6, checkpoint_every=2), data, resume=True)
+    fit_toy(ToyModel(), tmp_path, recipe(max_steps=6, checkpoint_every=2), toy_data(), resume=True)
