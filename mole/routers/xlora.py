@@ -7,6 +7,8 @@ Buehler & Buehler 2024, arXiv 2402.07148. The gates of a token depend on no late
 is what makes cached generation exact.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -19,6 +21,7 @@ from mole.routers.top_k import largest
 from mole.routing import Frame, Routing
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+BUILT_IN = ("depth", "size", "bias", "relu_and_dropout", "layerwise", "dtype")
 
 
 @config_dataclass
@@ -37,6 +40,7 @@ class XLoraConfig:
     top_k: Annotated[int, Field(ge=1)] | None = None
     top_k_softmax: bool = False
     scaling_pass_value: float = 0.0
+    scaling_pass_top_k: bool = True
     global_scaling_weight: float = 1.0
     dtype: Literal["float32", "float64"] = "float32"
 
@@ -65,44 +69,97 @@ def classifier(config: XLoraConfig, hidden_size: int, outputs: int) -> nn.Sequen
     return nn.Sequential(*layers).to(DTYPES[config.dtype])
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """What the router said last, without graph: σ [B, T, 1|L, E]; gates [B, T, 1|L, K] of the experts `ids`, or all."""
+
+    scalings: Tensor
+    gates: Tensor
+    ids: Tensor | None
+
+
 @ROUTERS.register("xlora", XLoraConfig)
 class XLoraRouter(Router):
     """Scalings from the routing pass, per token, per layer if `layerwise`. Raises ValueError if top_k > experts.
 
-    Computed in `config.dtype` whatever the backbone's dtype, with autocast off. Dropout acts in training only, and
-    never inside `generate`.
+    Computed in `config.dtype` whatever the backbone's dtype, with autocast off; moving the model to another dtype
+    leaves it in its own. Dropout acts in training only, and never inside `generate`.
     """
 
     needs = frozenset({"hidden_states"})
     learned = True
+    config: XLoraConfig
 
     def __init__(self, config: XLoraConfig, shape: MixtureShape, *, input_dim: int | None = None):
         super().__init__(config, shape, input_dim=input_dim)
-        if config.top_k is not None and config.top_k > shape.num_experts:
-            raise ValueError(
-                f"router.top_k={config.top_k} with {shape.num_experts} experts: lower router.top_k or add experts"
-            )
         outputs = shape.num_experts * (shape.num_sites if config.layerwise else 1)
         self.classifier = classifier(config, shape.hidden_size, outputs)
+        self.latest: Predicted | None = None
+        # Tensors, so that a compiled model is not compiled again when a setting changes. No buffers: data-parallel
+        # training writes to buffers at every forward, and backward would find them changed.
+        self._numbers = torch.empty(2, dtype=DTYPES[config.dtype])  # temperature, global weight
+        self._constant = torch.empty(1, 1, shape.num_experts)  # gates of pass 1
+        self.configure(config)
+
+    def configure(self, config: XLoraConfig) -> None:
+        """Other settings from the next forward on. Raises ValueError for what is built in: depth, size, bias …"""
+        if config.top_k is not None and config.top_k > self.shape.num_experts:
+            raise ValueError(
+                f"router.top_k={config.top_k} with {self.shape.num_experts} experts: lower router.top_k or add experts"
+            )
+        for name in BUILT_IN:
+            if getattr(config, name) != getattr(self.config, name):
+                raise ValueError(
+                    f"router.{name}: {getattr(config, name)!r} cannot replace {getattr(self.config, name)!r} once the "
+                    "router is built: build a new mixture"
+                )
+        self.config = config
+        for layer in self.classifier:
+            if isinstance(layer, nn.Dropout):
+                layer.p = config.dropout
+        self._numbers.copy_(torch.tensor([config.temperature, config.global_scaling_weight], dtype=torch.float64))
+        value, chosen = config.scaling_pass_value, self.shape.num_experts
+        if config.top_k is not None and config.scaling_pass_top_k:
+            chosen = config.top_k
+            value = 1.0 / chosen if config.top_k_softmax else value
+        self._constant.zero_()
+        self._constant[..., :chosen] = value * config.global_scaling_weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "XLoraRouter":
+        """Follows the model to another device, not to another dtype."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        self._numbers, self._constant = keep_dtype(self._numbers), keep_dtype(self._constant)
+        return super()._apply(keep_dtype, recurse)
 
     def scalings(self, hidden: Tensor) -> Tensor:
         """`hidden` [B, T, H] → σ [B, T, L, E], or [B, T, 1, E] if the layers share it."""
         with torch.autocast(hidden.device.type, enabled=False):
-            outputs = self.classifier(hidden.to(DTYPES[self.config.dtype]))
+            outputs = self.classifier(hidden.to(self._numbers.device, self._numbers.dtype))
             predicted = outputs.unflatten(-1, (-1, self.shape.num_experts))
-            return torch.softmax(predicted / self.config.temperature, dim=-1) if self.config.softmax else predicted
+            return torch.softmax(predicted / self._numbers[0], dim=-1) if self.config.softmax else predicted
+
+    def gates(self, scalings: Tensor) -> tuple[Tensor, Tensor | None]:
+        """σ [B, T, 1|L, E] → weights [B, T, 1|L, K] and the experts' ids in the same shape, or None: K is E.
+
+        The weights include the global weight. Ties go to the lower expert; each token is decided by itself.
+        """
+        if self.config.top_k is None:
+            return scalings * self._numbers[1], None
+        ids = largest(scalings.detach(), self.config.top_k)
+        chosen = scalings.gather(-1, ids)
+        if self.config.top_k_softmax:
+            chosen = torch.softmax(chosen, dim=-1)
+        return chosen * self._numbers[1], ids
 
     def forward(self, x: Tensor | None, frame: Frame) -> tuple[Routing, ...]:
         """→ L routings [B, T, E or K], one object L times if the layers share it."""
         scalings = self.scalings(frame.need("hidden_states", "xlora"))
-        ids = None
-        gates = scalings
-        if self.config.top_k is not None:
-            ids = largest(scalings.detach(), self.config.top_k)
-            gates = scalings.gather(-1, ids)
-            if self.config.top_k_softmax:
-                gates = torch.softmax(gates, dim=-1)
-        gates = gates * self.config.global_scaling_weight
+        gates, ids = self.gates(scalings)
+        self.latest = Predicted(scalings.detach(), gates.detach(), ids)
         # One unbind: L separate selects would make the backward allocate L full-size zero tensors.
         parts = [gates.unbind(2), scalings.detach().unbind(2), ids.unbind(2) if ids is not None else None]
         routings = tuple(
@@ -112,13 +169,8 @@ class XLoraRouter(Router):
         return routings if self.config.layerwise else routings * self.shape.num_sites
 
     def routing_pass_weights(self) -> Routing | None:
-        """The constant gates of pass 1: `scaling_pass_value` for every expert, of the first k only with top_k."""
-        value, experts = self.config.scaling_pass_value, self.shape.num_experts
-        if value == 0:
-            return None
-        chosen = experts if self.config.top_k is None else self.config.top_k
-        if self.config.top_k_softmax:
-            value = 1.0 / chosen
-        weights = torch.zeros(1, 1, experts, device=next(self.parameters()).device)
-        weights[..., :chosen] = value * self.config.global_scaling_weight
-        return Routing(weights)
+        """The constant gates of pass 1, `scaling_pass_value` for every expert; None where that is 0.
+
+        With top_k and `scaling_pass_top_k` only the first k experts get it, or 1/k each under `top_k_softmax`.
+        """
+        return None if self.config.scaling_pass_value == 0 else Routing(self._constant)
