@@ -19,6 +19,7 @@ from mole.config.seeds import seed_for
 from mole.data.encode import text_ids
 from mole.evaluation.exact_match import end_ids
 from mole.mixtures import MultiExpertModel
+from mole.mixtures.speculation import require_routing_pass
 from mole.registry import BACKBONES, DATASETS, config_dataclass
 from mole.routing.log import RoutingLog
 from mole.run_folder import RunFolder, write_atomically
@@ -44,6 +45,7 @@ class Generate:
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     num_beams: Annotated[int, Field(ge=1)] = 1
+    self_speculation: bool = False
     batch_size: Annotated[int, Field(ge=1)] = 16
     log: bool = False
     allow_other_backbone: bool = False
@@ -59,8 +61,8 @@ class Generate:
             )
         if not self.do_sample and (self.temperature != 1.0 or self.top_p != 1.0):
             problems.append("temperature and top_p act on sampling only: set do_sample=true")
-        if self.log and self.num_beams > 1:
-            problems.append("log=true with num_beams above 1: beams change places, their routing cannot be told apart")
+        if self.self_speculation and self.num_beams > 1:
+            problems.append("self_speculation=true is for greedy decoding and sampling: set num_beams=1")
         if self.chat and given[2]:
             problems.append("chat=true is for prompt and prompts: a dataset has its own format")
         if problems:
@@ -86,6 +88,8 @@ def run(config: Generate) -> None:
     prompts = _checked(
         _of_texts(config, backbone, texts) if texts else _of_datasets(config, backbone), config, backbone
     )
+    if config.self_speculation:
+        require_routing_pass(model)
     log = RoutingLog(model.sites, model.expert_names)
     if config.log:
         log.end_ids = tuple(dict.fromkeys([*end_ids(model, backbone.tokenizer), backbone.tokenizer.pad_token_id]))
@@ -166,7 +170,11 @@ def _generated(
 ) -> Iterator[dict[str, Any]]:
     """One row per prompt, printed as it comes."""
     tokenizer, console = backbone.tokenizer, Console(highlight=False)
-    options: dict[str, Any] = {"do_sample": config.do_sample, "num_beams": config.num_beams}
+    options: dict[str, Any] = {
+        "do_sample": config.do_sample,
+        "num_beams": config.num_beams,
+        "self_speculation": config.self_speculation,
+    }
     if config.do_sample:
         options |= {"temperature": config.temperature, "top_p": config.top_p}
     for start in range(0, len(prompts), config.batch_size):

@@ -8,6 +8,7 @@ a decode step is one token through each pass. One cache shared by both passes wo
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class TwoStreamCache(Cache):
         self.mixture = mixture
         self.scaling = scaling
         self.fingerprint = fingerprint
+        self.reuse: Any = None  # a GateReuse where gates are reused while decoding
 
     @property
     def layers(self) -> Any:  # type: ignore[override]
@@ -39,7 +41,7 @@ class TwoStreamCache(Cache):
         return self.mixture.layers
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("mixture", "scaling"):  # not set yet: while unpickling or copying
+        if name in ("mixture", "scaling", "reuse"):  # not set yet: while unpickling or copying
             raise AttributeError(name)
         return getattr(self.mixture, name)
 
@@ -59,7 +61,7 @@ class TwoStreamCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held; RuntimeError if the two streams disagree."""
         length, other = self.mixture.get_seq_length(layer_idx), self.scaling.get_seq_length(layer_idx)
-        if length != other:
+        if length != other + (self.reuse.behind if self.reuse is not None else 0):
             raise RuntimeError(f"the two streams of a TwoStreamCache hold {length} and {other} tokens")
         return length
 
@@ -71,23 +73,33 @@ class TwoStreamCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         self.mixture.crop(tokens_to_remove)
+        if self.reuse is not None:
+            tokens_to_remove = -self.reuse.forget(-tokens_to_remove)
         self.scaling.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.mixture.reorder_cache(beam_idx)
         self.scaling.reorder_cache(beam_idx)
+        self._rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.mixture.batch_repeat_interleave(repeats)
         self.scaling.batch_repeat_interleave(repeats)
+        self._rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.mixture.batch_select_indices(indices)
         self.scaling.batch_select_indices(indices)
+        self._rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def _rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.reuse is not None:
+            self.reuse.rows(change)
 
     def reset(self) -> None:
         self.mixture.reset()
         self.scaling.reset()
+        self.reuse = None
 
     def activate_past_recording(self):
         self.mixture.activate_past_recording()

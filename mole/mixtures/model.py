@@ -14,12 +14,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mole.adapters import Adapter
 from mole.backbones.modules import in_out_features, replace_module
+from mole.mixtures import gate_reuse
 from mole.mixtures.cache import TwoStreamCache
+from mole.mixtures.generation import Generation
 from mole.mixtures.routing_pass import Streams, last_hidden_state
+from mole.mixtures.speculation import SpeculationReport
 from mole.mixtures.wrapping import wrap
 from mole.registry import ROUTERS, unknown
 from mole.routers import MixtureShape, Router
@@ -44,7 +47,7 @@ class Listener(Protocol):
         ...
 
 
-class MultiExpertModel(nn.Module, GenerationMixin):
+class MultiExpertModel(nn.Module, Generation):
     """`backbone` with `experts` (name → adapter, in the mixture's order) under the router of `router_config`.
 
     The backbone's modules are wrapped in place; `unload()` gives it back as it was. `tasks` names each expert's
@@ -68,6 +71,7 @@ class MultiExpertModel(nn.Module, GenerationMixin):
         self.backbone: Any = backbone
         self.context = RoutingContext()
         self.listeners: list[Listener] = []
+        self.speculation: SpeculationReport | None = None  # of the last `generate` with self_speculation
         self._outlines = {name: replace(adapter, modules={}) for name, adapter in experts.items()}
         self.layers = wrap(backbone, experts, self.context, kernel)  # a plain dict: the backbone owns the modules
         self.shape = MixtureShape(
@@ -79,7 +83,7 @@ class MultiExpertModel(nn.Module, GenerationMixin):
         self.router: Router | None = None
         self.router_config = router_config
         self._streams = Streams()
-        self._takes = set(signature(backbone.forward).parameters)
+        self.takes = set(signature(backbone.forward).parameters)
         try:
             self._build_router()
             self.set_trainable(train)
@@ -177,7 +181,7 @@ class MultiExpertModel(nn.Module, GenerationMixin):
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "position_ids": position_ids if "position_ids" in self._takes else None,
+            "position_ids": position_ids if "position_ids" in self.takes else None,
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
             "logits_to_keep": logits_to_keep,
@@ -195,7 +199,7 @@ class MultiExpertModel(nn.Module, GenerationMixin):
         if pair is not None and getattr(output, "past_key_values", None) is not None:
             output.past_key_values = pair
         if frame.recording:
-            self._report(frame, phase)
+            self.report(frame, phase)
         return output
 
     def _frame(self, inputs: RoutingInputs) -> Frame:
@@ -227,13 +231,13 @@ class MultiExpertModel(nn.Module, GenerationMixin):
                 config=self.config,
                 fingerprint=router.fingerprint(),
             )
-            hidden = self._routing_pass(router, inputs, pair)
-            frame.inputs = replace(frame.inputs, hidden_states=hidden)
+            routed = gate_reuse.route(router, frame, inputs, pair, lambda seen: self._routing_pass(router, seen, pair))
             if pair is not None:
                 inputs["past_key_values"] = pair.mixture
         elif isinstance(inputs.get("past_key_values"), TwoStreamCache):
             raise ValueError("this cache was filled under a routing pass: it cannot go on without one")
-        routed = router(None, frame)
+        else:
+            routed = router(None, frame)
         routings = routed if isinstance(routed, tuple) else (routed,) * self.shape.num_sites
         rows = (inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]).shape[0]
         fitted = {id(routing): routing.for_rows(rows) for routing in routings}
@@ -251,7 +255,7 @@ class MultiExpertModel(nn.Module, GenerationMixin):
             return "train" if self.training else "eval"
         return "decode" if cache is not None and cache.get_seq_length() > 0 else "prefill"
 
-    def _report(self, frame: Frame, phase: str) -> None:
+    def report(self, frame: Frame, phase: str) -> None:
         """One record for this forward: the routing of every site, [B, T, L, E], or L = 1 if all share one object."""
         seen = [frame.seen[site] for site in self.sites if site in frame.seen]
         distinct = seen[:1] if all(routing is seen[0] for routing in seen) else seen
@@ -292,35 +296,6 @@ class MultiExpertModel(nn.Module, GenerationMixin):
         """Another router of scope `model` in the place of the model's own inside the body."""
         with self.context.push(replace(self.context.current or Frame(), router=router.to(self.device))):
             yield
-
-    # ---- generation
-    def generate(self, *args: Any, task_names: Any = None, prompt_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """transformers' `generate`, exact with KV cache. Runs in eval mode; training flags are as before afterwards."""
-        outer = self.context.current or Frame()
-        inputs = RoutingInputs(task_names=None if task_names is None else tuple(task_names), prompt_mask=prompt_mask)
-        frame = replace(outer, inputs=inputs.over(outer.inputs), generating=True)
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
-            with self.context.push(frame):
-                return super().generate(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            for module in training:
-                module.training = True
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict:
-        """As the backbone does it."""
-        return self.backbone.prepare_inputs_for_generation(*args, **kwargs)
-
-    # transformers asks these of the class that generates; the backbone knows the answers.
-    def _validate_model_kwargs(self, model_kwargs: dict) -> None:
-        self.backbone._validate_model_kwargs(model_kwargs)
-
-    def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]
-        return self.backbone._supports_default_dynamic_cache()
-
-    def _supports_logits_to_keep(self) -> bool:
-        return self.backbone._supports_logits_to_keep()
 
     # ---- training
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:

@@ -44,6 +44,9 @@ class Router(nn.Module):
     scope: ClassVar[Scope] = "model"
     learned: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
+    # Approximations while decoding, for routers with a routing pass: see mixtures/gate_reuse.py.
+    gate_refresh: int = 1
+    gate_freeze_after: int | None = None
 
     def __init__(self, config: Any, shape: MixtureShape, *, input_dim: int | None = None):
         super().__init__()

@@ -43,6 +43,8 @@ class XLoraConfig:
     scaling_pass_top_k: bool = True
     global_scaling_weight: float = 1.0
     dtype: Literal["float32", "float64"] = "float32"
+    gate_refresh: Annotated[int, Field(ge=1)] = 1
+    gate_freeze_after: Annotated[int, Field(ge=1)] | None = None
 
     def __post_init__(self):
         problems = []
@@ -114,6 +116,7 @@ class XLoraRouter(Router):
                     "router is built: build a new mixture"
                 )
         self.config = config
+        self.gate_refresh, self.gate_freeze_after = config.gate_refresh, config.gate_freeze_after
         for layer in self.classifier:
             if isinstance(layer, nn.Dropout):
                 layer.p = config.dropout

@@ -227,6 +227,8 @@ def test_generate_equals_the_model_s_own_generate(walk, tmp_path, backbone):
     words = [*SMALL, f"model={walk / 'mixture'}", "prompt=Shout now", "max_new_tokens=5"]
     mole("generate", *words, f"run.folder={tmp_path / 'run'}")
     row = json.loads((tmp_path / "run" / "generations.jsonl").read_text())
+    mole("generate", *words, "self_speculation=true", f"run.folder={tmp_path / 'drafted'}")
+    assert json.loads((tmp_path / "drafted" / "generations.jsonl").read_text()) == row
     model = open_model(str(walk / "mixture"), backbone)
     ids = backbone.tokenizer("Shout now", return_tensors="pt")["input_ids"]
     out = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, use_cache=False, pad_token_id=0)
@@ -240,7 +242,7 @@ def test_generate_equals_the_model_s_own_generate(walk, tmp_path, backbone):
         (["prompt=a", "prompts=b.txt"], "give exactly one"),
         (["prompts=no.txt"], "there is no such file"),
         (["prompt=a", "temperature=0.5"], "set do_sample=true"),
-        (["prompt=a", "log=true", "num_beams=2"], "beams change places"),
+        (["prompt=a", "self_speculation=true", "num_beams=2"], "set num_beams=1"),
         (["prompt=a", "max_new_tokens=100000"], "context"),
     ],
 )

@@ -6,6 +6,8 @@ from mixture_cases import CONFIGS, mixture
 from transformers.cache_utils import DynamicCache
 
 from mole.mixtures import TwoStreamCache
+from mole.routing.log import RoutingLog
+from mole.routing.log_files import join_sequences
 
 ROUTED = [name for name in CONFIGS if name.startswith("xlora")]
 
@@ -133,3 +135,24 @@ def test_generation_without_experts_equals_the_backbones(prompts):
     model = mixture("xlora")
     with model.experts_off():
         assert torch.equal(model.generate(**prompts, max_new_tokens=6, do_sample=False), want)
+
+
+@pytest.mark.parametrize("name", ["xlora_layerwise", "top_k"])
+def test_the_log_of_beams_is_the_routing_of_each_beam_s_own_tokens(name, prompts):
+    model = mixture(name, torch.float64)
+    log = RoutingLog(model.sites, model.expert_names)
+    model.listeners.append(log)
+    model.generate(**prompts, max_new_tokens=6, num_beams=3, do_sample=False, eos_token_id=None)
+    (joined,) = join_sequences([entry.logged() for entry in log._entries])
+    log.clear()
+    tokens = torch.from_numpy(joined.tokens)
+    mask = torch.from_numpy(joined.mask)
+    with torch.no_grad():
+        model(
+            input_ids=tokens.clamp_min(0),
+            attention_mask=mask.long(),
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+            task_names=["spell"] * 3 + ["date"] * 3,
+        )
+    (want,) = log.entries()
+    torch.testing.assert_close(torch.from_numpy(joined.weights)[mask], want[mask], rtol=0, atol=1e-6)

@@ -1,0 +1,71 @@
+"""Generation: transformers' `generate` for a mixture, with what it asks of the class that generates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationMixin
+
+from mole.mixtures.speculation import require_routing_pass, speculate
+from mole.routing import Frame, RoutingContext, RoutingInputs
+
+
+class Generation(GenerationMixin):
+    """The part of `MultiExpertModel` that generates: greedy, sampling, beams, drafts, all of transformers' ways."""
+
+    backbone: Any
+    context: RoutingContext
+    listeners: list
+
+    def generate(
+        self,
+        *args: Any,
+        task_names: Any = None,
+        prompt_mask: Tensor | None = None,
+        self_speculation: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`, exact with KV cache. Runs in eval mode; training flags are as before afterwards.
+
+        `self_speculation`: the routing pass drafts the next token, for one read of the weights per token where it is
+        right; exact as well. Greedy or sampling; `speculation` then tells how it went.
+        """
+        outer = self.context.current or Frame()
+        model: Any = self
+        if self_speculation:
+            require_routing_pass(model)
+            kwargs["custom_generate"] = speculate
+        inputs = RoutingInputs(task_names=None if task_names is None else tuple(task_names), prompt_mask=prompt_mask)
+        frame = replace(outer, inputs=inputs.over(outer.inputs), generating=True)
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            with self.context.push(frame):
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for module in training:
+                module.training = True
+
+    def _reorder_cache(self, cache: Any, beam_idx: Tensor) -> Any:
+        """Beams change places: the cache follows, and so do those who listen to the routing."""
+        cache.reorder_cache(beam_idx)
+        for listener in self.listeners:
+            if hasattr(listener, "reorder"):
+                listener.reorder(beam_idx)  # type: ignore[attr-defined]
+        return cache
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict:
+        """As the backbone does it."""
+        return self.backbone.prepare_inputs_for_generation(*args, **kwargs)
+
+    # transformers asks these of the class that generates; the backbone knows the answers.
+    def _validate_model_kwargs(self, model_kwargs: dict) -> None:
+        self.backbone._validate_model_kwargs(model_kwargs)
+
+    def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]
+        return self.backbone._supports_default_dynamic_cache()
+
+    def _supports_logits_to_keep(self) -> bool:
+        return self.backbone._supports_logits_to_keep()
