@@ -13,16 +13,18 @@ from torch import Tensor
 class LoraStack:
     """n experts with their own ranks r_e, R = Σ r_e.
 
-    `A`      [R, d_in]   rows of expert 0, then of expert 1, …
-    `B`      [d_out, R]  columns in the same order
-    `scales` float32 [n] s_e of each expert (alpha / r, or alpha / √r)
-    `ranks`  r_e of each expert
+    `A`       [R, d_in]   rows of expert 0, then of expert 1, …
+    `B`       [d_out, R]  columns in the same order
+    `scales`  float32 [n] s_e of each expert (alpha / r, or alpha / √r); float64 for factors in float64
+    `ranks`   r_e of each expert
+    `columns` int64 [R]   the expert that each column of B belongs to; made from `ranks` where it is needed and missing
     """
 
     A: Tensor
     B: Tensor
     scales: Tensor
     ranks: tuple[int, ...]
+    columns: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -30,7 +32,7 @@ class LoraStack:
 
     @property
     def equal_ranks(self) -> bool:
-        return len(set(self.ranks)) == 1
+        return self.ranks.count(self.ranks[0]) == len(self.ranks)
 
     def slices(self) -> list[slice]:
         """The rows of A (columns of B) that belong to each expert."""
@@ -39,7 +41,9 @@ class LoraStack:
 
     def column_experts(self) -> Tensor:
         """int64 [R]: the expert that each column of B belongs to."""
-        ranks = torch.tensor(self.ranks, device=self.A.device)
-        return torch.arange(self.num_experts, device=self.A.device).repeat_interleave(
-            ranks, output_size=sum(self.ranks)
-        )
+        return columns_of(self.ranks, self.A.device) if self.columns is None else self.columns
+
+
+def columns_of(ranks: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """int64 [Σ r_e]: expert e, r_e times. For ranks 1, 3: 0 1 1 1."""
+    return torch.tensor([expert for expert, rank in enumerate(ranks) for _ in range(rank)], device=device)

@@ -47,8 +47,7 @@ class MixtureLayer(nn.Module):
         if frame.recording:
             frame.seen[self.site] = routing
         routing = _fit(routing, rows, x.dim(), self.site)
-        delta = self.bank.delta(rows, routing)
-        return base_out + delta.reshape(base_out.shape).to(base_out.dtype)
+        return self.bank(base_out, rows, routing)
 
     def _routing(self, rows: Tensor, frame: Frame) -> Routing:
         if frame.fixed is not None:

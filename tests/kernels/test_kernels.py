@@ -67,5 +67,5 @@ def test_kernel_takes_no_tokens_at_all(name):
 
 
 def test_unknown_kernel_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown kernel 'stakced'; did you mean stacked"):
+    with pytest.raises(ValueError, match="unknown kernel 'stakced'; did you mean fused"):
         choose("stakced")

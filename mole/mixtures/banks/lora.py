@@ -1,15 +1,21 @@
-"""A bank: the experts of one kind at one mixed module, stacked once; single experts are views of it."""
+"""LoRA experts at one linear module, stacked once; single experts are views of the stack."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mole.adapters import LoraWeights
-from mole.kernels import LoraStack, choose
+from mole.kernels import LoraStack, choose, columns_of, loop
+from mole.registry import unknown
 from mole.routing import EMPTY, Routing
+
+EXPERT_DROPOUT = ("auto", "off", "shared", "independent")
+EXPERT_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LoraBank(nn.Module):
@@ -18,29 +24,71 @@ class LoraBank(nn.Module):
     `experts` mixture index → weights, for the experts that have weights here; the others add nothing here, and the
     weight that a routing gives them is lost. The stacked tensors are the parameters, frozen unless asked otherwise
     (parameters, not buffers: data-parallel training would broadcast buffers at every forward).
+
+    `dtype` is that of the module's computation, which `expert_dtype` auto takes; another one holds and computes the
+    experts in that dtype, and stays when the model moves to another. `dropout` gives the rate of each expert, by
+    mixture index, with which it drops its input while it trains:
+    `expert_dropout` off never, shared one mask for all experts of a rate (auto), independent a mask for each, by the
+    loop. Frozen experts drop nothing. Raises ValueError for an unknown setting.
     """
 
-    _scales: Tensor
-    _present: Tensor
-    _local: Tensor
-
     def __init__(
-        self, experts: Mapping[int, LoraWeights], num_experts: int, *, dtype: torch.dtype, kernel: str = "auto"
+        self,
+        experts: Mapping[int, LoraWeights],
+        num_experts: int,
+        *,
+        dtype: torch.dtype,
+        kernel: str = "auto",
+        dropout: Mapping[int, float] | None = None,
+        expert_dropout: str = "auto",
+        expert_dtype: str = "auto",
     ):
         super().__init__()
+        if expert_dropout not in EXPERT_DROPOUT:
+            raise ValueError(unknown("expert_dropout", expert_dropout, EXPERT_DROPOUT))
+        if expert_dtype not in EXPERT_DTYPES:
+            raise ValueError(unknown("expert_dtype", expert_dtype, list(EXPERT_DTYPES)))
         self.num_experts = num_experts
         self.present = tuple(sorted(experts))
         members = [experts[e] for e in self.present]
         self.ranks = tuple(m.rank for m in members)
         self.alphas = tuple((m.alpha, m.rslora) for m in members)
+        self.scales = tuple(m.scale for m in members)
+        self.dropout = tuple((dropout or {}).get(e, 0.0) for e in self.present)
+        self.expert_dropout = expert_dropout
+        self._own_dtype = EXPERT_DTYPES[expert_dtype]
+        dtype = self._own_dtype or dtype
         self.A = nn.Parameter(torch.cat([m.A.detach().to(dtype) for m in members], dim=0), requires_grad=False)
         self.B = nn.Parameter(torch.cat([m.B.detach().to(dtype) for m in members], dim=1), requires_grad=False)
-        local = torch.full((num_experts,), EMPTY)
-        local[list(self.present)] = torch.arange(len(self.present))
-        self.register_buffer("_scales", torch.tensor([m.scale for m in members]), persistent=False)
-        self.register_buffer("_present", torch.tensor(self.present), persistent=False)
-        self.register_buffer("_local", local, persistent=False)
         self._kernel = choose(kernel)
+        self._make_tables()
+
+    def _make_tables(self) -> None:
+        """Small tensors beside A. No buffers: data-parallel training writes to buffers between forward and backward."""
+        device = self.A.device
+        self._scales = torch.tensor(self.scales, device=device, dtype=torch.promote_types(self.A.dtype, torch.float32))
+        self._columns = columns_of(self.ranks, device)
+        self._present = torch.tensor(self.present, device=device)
+        local = [self.present.index(e) if e in self.present else EMPTY for e in range(self.num_experts)]
+        self._local = torch.tensor(local, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraBank:
+        """The tables follow the parameters, which keep a dtype of their own."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if self._own_dtype is None or moved.dtype == tensor.dtype:
+                return moved
+            return tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        self._make_tables()
+        return self
+
+    def _stack(self) -> LoraStack:
+        if self._scales.device != self.A.device:  # moved by what sets parameters one by one
+            self._make_tables()
+        return LoraStack(self.A, self.B, self._scales, self.ranks, self._columns)
 
     def _local_weights(self, routing: Routing) -> Tensor:
         """The routing over the experts of this bank, dense: [1|B, 1|T, n]."""
@@ -51,16 +99,42 @@ class LoraBank(nn.Module):
             return routing.weights
         return routing.weights.index_select(-1, self._present)
 
-    def delta(self, x: Tensor, routing: Routing) -> Tensor:
-        """Σ_e w_e s_e B_e A_e x. `x` [B, T, d_in] → [B, T, d_out]."""
-        stack = LoraStack(self.A, self.B, self._scales, self.ranks)
-        return self._kernel(x, stack, self._local_weights(routing))
+    def forward(self, base_out: Tensor, x: Tensor, routing: Routing) -> Tensor:
+        """base_out + Σ_e w_e s_e B_e A_e x, in the shape and dtype of `base_out`, which is not changed.
+
+        `x` [B, T, d_in]; `base_out` as many vectors [d_out] in any leading shape.
+        """
+        stack = self._stack()
+        weights = self._local_weights(routing)
+        if self._own_dtype is not None:
+            x = x.to(self._own_dtype)
+        if self.training and self.A.requires_grad and self.expert_dropout != "off" and any(self.dropout):
+            return self._with_dropout(base_out, x, stack, weights)
+        return self._kernel(x, stack, weights, base_out)
+
+    def _with_dropout(self, base_out: Tensor, x: Tensor, stack: LoraStack, weights: Tensor) -> Tensor:
+        if self.expert_dropout == "independent":
+            return loop(x, stack, weights, base_out, dropout=self.dropout)
+        for rate in sorted(set(self.dropout)):
+            part, columns = self._part(stack, [i for i, p in enumerate(self.dropout) if p == rate])
+            base_out = self._kernel(F.dropout(x, rate), part, weights[..., columns], base_out)
+        return base_out
+
+    def _part(self, stack: LoraStack, places: list[int]) -> tuple[LoraStack, Any]:
+        """The stack of some of the experts, and where their weights are."""
+        if len(places) == len(self.present):
+            return stack, slice(None)
+        slices = stack.slices()
+        ranks = tuple(self.ranks[i] for i in places)
+        A = torch.cat([stack.A[slices[i]] for i in places], dim=0)
+        B = torch.cat([stack.B[:, slices[i]] for i in places], dim=1)
+        return LoraStack(A, B, stack.scales[places], ranks), places
 
     def weights(self, expert: int) -> LoraWeights | None:
         """The weights of the expert with that mixture index, as views of the bank; None if it has none here."""
         if expert not in self.present:
             return None
         place = self.present.index(expert)
-        part = LoraStack(self.A, self.B, self._scales, self.ranks).slices()[place]
+        part = self._stack().slices()[place]
         alpha, rslora = self.alphas[place]
         return LoraWeights(A=self.A.detach()[part], B=self.B.detach()[:, part], alpha=alpha, rslora=rslora)

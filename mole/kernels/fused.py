@@ -1,0 +1,140 @@
+"""Fused kernel: all experts of a layer in two matrix products, weights applied between them, with its own backward.
+
+    h = x Aᵀ  [N, R];    u = h ⊙ q[column → expert],  q = w s  [N, n];    y = base + u Bᵀ
+
+As the maps are linear this equals gating the input of every expert. Of all this, only the weights (which the router's
+graph holds anyway) and the smaller of h and x stay for the backward; q and u are made again there:
+
+    dh = dy B;    dw = s Σ_{columns of e} dh ⊙ h;    dx = (dh ⊙ q) A;    dA = (dh ⊙ q)ᵀ x;    dB = dyᵀ u
+
+Nothing of size [tokens, experts, d] is made, and no sum depends on the order of threads. Legend: N = B·T tokens, n
+experts, R the sum of their ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from mole.kernels.precision import compute_dtype, no_autocast
+from mole.kernels.stack import LoraStack
+
+
+def fused(x: Tensor, stack: LoraStack, weights: Tensor, base_out: Tensor | None = None) -> Tensor:
+    """base_out + Σ_e w_e s_e B_e A_e x in two products.
+
+    `x` [B, T, d_in]; `weights` float32 [1|B, 1|T, n] over the experts of `stack`; `base_out` as many vectors [d_out]
+    in any leading shape → its shape and dtype. Without `base_out`: the sum, [B, T, d_out].
+    Differentiable once: RuntimeError in a second derivative, for which there is the loop.
+    """
+    dtype = compute_dtype(x)
+    with no_autocast(x):
+        x, A, B = x.to(dtype), stack.A.to(dtype), stack.B.to(dtype)
+        start = base_out if base_out is not None and base_out.dtype == dtype else None
+        columns = None if stack.equal_ranks else stack.column_experts()
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, A, B)):
+            out = _Fused.apply(start, x, A, B, weights, stack.scales, columns)
+        else:
+            out = _forward(start, x, A, B, weights * stack.scales, columns)[0]
+    assert isinstance(out, Tensor)
+    if base_out is None or start is not None:
+        return out
+    return base_out + out.reshape(base_out.shape).to(base_out.dtype)
+
+
+def _forward(
+    start: Tensor | None, x: Tensor, A: Tensor, B: Tensor, q: Tensor, columns: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The output, and h [B, T, R]."""
+    h = torch.nn.functional.linear(x, A)
+    u = _gated(h, q, columns)
+    if start is None:
+        return torch.nn.functional.linear(u, B), h
+    out = torch.addmm(start.reshape(-1, B.shape[0]), u.reshape(-1, B.shape[1]), B.t())
+    return out.view(start.shape), h
+
+
+def _gated(h: Tensor, q: Tensor, columns: Tensor | None) -> Tensor:
+    """h [B, T, R] ⊙ q [1|B, 1|T, n], each column with its expert's, in h's dtype: one rounding."""
+    if columns is None:
+        grouped = h.view(*h.shape[:-1], q.shape[-1], -1) * q[..., None]
+        return grouped.view(h.shape).to(h.dtype)
+    return (h * q.index_select(-1, columns)).to(h.dtype)
+
+
+def _sum_of_experts(product: Tensor, experts: int, columns: Tensor | None) -> Tensor:
+    """[B, T, R] → [B, T, n]: the columns of each expert added up."""
+    if columns is None:
+        return product.view(*product.shape[:-1], experts, -1).sum(-1)
+    # A product with a 0/1 matrix: index_add_ adds in an order of its own on a GPU.
+    return product @ (columns[:, None] == torch.arange(experts, device=columns.device)).to(product.dtype)
+
+
+class _Fused(Function):
+    """`fused` with gradients: for x, the weights, and the factors if they train."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        start: Tensor | None,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        weights: Tensor,
+        scales: Tensor,
+        columns: Tensor | None,
+    ) -> Tensor:
+        out, h = _forward(start, x, A, B, weights * scales, columns)
+        for_A, for_B, for_weights = ctx.needs_input_grad[2:5]
+        ctx.keep_x = for_A or for_B or 2 * A.shape[0] > A.shape[1]
+        kept = (x if ctx.keep_x else h) if for_A or for_B or for_weights else None
+        ctx.save_for_backward(kept, A, B, weights, scales, columns)
+        ctx.shape = x.shape
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found = _backward(ctx, grads[0])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            leaf = torch.zeros((), requires_grad=True)
+            found = tuple(g if g is None else _Once.apply(g, leaf) for g in found)
+        return (*found, None, None)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of start, x, A, B and weights."""
+    kept, A, B, weights, scales, columns = ctx.saved_tensors
+    for_start, for_x, for_A, for_B, for_weights = ctx.needs_input_grad[:5]
+    with torch.no_grad(), no_autocast(grad):
+        d = grad.reshape(*ctx.shape[:-1], B.shape[0])
+        q = weights * scales
+        dh = d @ B
+        d_x = d_A = d_B = d_weights = None
+        h = kept @ A.t() if ctx.keep_x and (for_weights or for_B) else kept
+        if for_weights:
+            product = dh.to(torch.promote_types(q.dtype, h.dtype)) * h
+            d_weights = (_sum_of_experts(product, q.shape[-1], columns) * scales).sum_to_size(weights.shape)
+        if for_x or for_A:
+            dh = _gated(dh, q, columns)
+            d_x = dh @ A if for_x else None
+            d_A = dh.flatten(0, -2).t() @ kept.flatten(0, -2) if for_A else None
+        if for_B:
+            d_B = d.flatten(0, -2).t() @ _gated(h, q, columns).flatten(0, -2)
+    return (grad if for_start else None), d_x, d_A, d_B, d_weights
+
+
+class _Once(Function):
+    """A gradient, unchanged, that cannot be differentiated again: its derivative would silently be 0."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, leaf: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "the fused kernel has a first derivative only: build the mixture with kernel='loop' for second ones"
+        )
