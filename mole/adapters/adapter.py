@@ -28,7 +28,13 @@ class Adapter:
     `method` is the registry's name. `modules` holds path of a module in the backbone → weights. `dropout` is what it
     was trained with. `targets` are the names that the modules were found by (ends of paths), if they find these and
     no others in the backbone; empty where that is not known. `fan_in_fan_out` tells PEFT that the wrapped modules
-    keep their matrix transposed (GPT-2's Conv1D).
+    keep their matrix transposed (GPT-2's Conv1D). `task_type` is PEFT's word for the head that it was trained under.
+
+    What an adapter may hold of the backbone itself, path of a module → tensors:
+    `biases`       the bias of that module, trained along (`bias_kind` is PEFT's word for which ones: all, lora_only).
+    `full_modules` whole modules trained along, such as a classification head: name of a parameter → tensor;
+                   `full_names` are the names that they were found by.
+    `base_weights` copies of the backbone's own weights that came with the adapter. They say which backbone it is for.
     """
 
     method: str
@@ -36,10 +42,20 @@ class Adapter:
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
+    task_type: str | None = "CAUSAL_LM"
+    biases: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    bias_kind: str = "none"
+    full_modules: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    full_names: tuple[str, ...] = ()
+    base_weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors, as `<module>.<short name>`."""
-        return {f"{path}.{name}": t for path, part in self.modules.items() for name, t in part.tensors().items()}
+        """All tensors that were trained, as `<module>.<short name>`."""
+        found = {f"{path}.{name}": t for path, part in self.modules.items() for name, t in part.tensors().items()}
+        found |= {f"{path}.base_bias": tensor for path, tensor in self.biases.items()}
+        for path, part in self.full_modules.items():
+            found |= {f"{path}.full.{name}": tensor for name, tensor in part.items()}
+        return found
 
     def parameters(self) -> int:
         """How many numbers it holds."""

@@ -39,9 +39,15 @@ def attach_weights(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer
     """Put a given adapter's weights on `model` (copied, as float32); all else is frozen.
 
     Raises ValueError if the model lacks a module of the adapter, or has it in another shape: then the adapter was made
-    for another backbone.
+    for another backbone. So it does for an adapter that holds more than LoRA factors of linear modules.
     """
     _refuse_second(model)
+    if adapter.biases or adapter.full_modules:
+        held = [*adapter.biases, *adapter.full_modules]
+        raise ValueError(
+            f"the adapter holds weights of the backbone itself ({', '.join(held[:4])}): it works in a mixture; "
+            "it cannot be trained further by itself"
+        )
     modules = dict(model.named_modules())
     for path in adapter.modules:
         if path not in modules:

@@ -38,19 +38,40 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """The factors at one module: A [r, d_in], B [d_out, r]."""
+    """The factors at one module.
+
+    `A`          [r, d_in]; of an embedding [r, vocabulary]; of a convolution [r, C_in, *kernel].
+    `B`          [d_out, r]; of a convolution [C_out, r / groups, 1, …].
+    `magnitude`  m of DoRA (Liu et al., 2024, arXiv 2402.09353), [d_out]; of a convolution [1, C_out, 1, …].
+    `bias`       β in s (B A x + β), [d_out].
+    `embedding`  whether the module is an embedding: A is looked up by token.
+
+    Raises ValueError for tensors that do not fit each other.
+    """
 
     A: Tensor
     B: Tensor
     alpha: float
     rslora: bool = False
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
+    embedding: bool = False
 
     def __post_init__(self) -> None:
-        if self.A.dim() != 2 or self.B.dim() != 2 or self.A.shape[0] != self.B.shape[1]:
+        dims = self.A.dim()
+        good = dims == self.B.dim() and (dims == 2 or (3 <= dims <= 5 and not self.embedding))
+        if good and dims == 2:
+            good = self.A.shape[0] == self.B.shape[1]
+        elif good:
+            good = self.A.shape[0] % self.B.shape[1] == 0 and set(self.B.shape[2:]) == {1}
+        if not good:
             raise ValueError(
                 f"LoRA factors of shapes {tuple(self.A.shape)} and {tuple(self.B.shape)}; "
                 "wanted A [r, d_in], B [d_out, r]"
             )
+        for what, tensor in (("magnitude", self.magnitude), ("bias", self.bias)):
+            if tensor is not None and tensor.numel() != self.B.shape[0]:
+                raise ValueError(f"a {what} of shape {tuple(tensor.shape)} for {self.B.shape[0]} outputs")
 
     @property
     def rank(self) -> int:
@@ -61,11 +82,22 @@ class LoraWeights:
         """s in y = W x + s B A x."""
         return self.alpha / math.sqrt(self.rank) if self.rslora else self.alpha / self.rank
 
+    @property
+    def kind(self) -> str:
+        """The kind of module that these are for: linear, embedding or convolution."""
+        if self.embedding:
+            return "embedding"
+        return "linear" if self.A.dim() == 2 else "convolution"
+
     def tensors(self) -> dict[str, Tensor]:
-        return {"A": self.A, "B": self.B}
+        named = {"A": self.A, "B": self.B, "magnitude": self.magnitude, "bias": self.bias}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def layer(self, base: nn.Module, dropout: float) -> LoraLayer:
-        """A layer on `base` with a float32 copy of these factors."""
+        """A layer on `base` with a float32 copy of these factors. Raises ValueError for what is more than A and B."""
+        if self.kind != "linear" or self.magnitude is not None or self.bias is not None:
+            what = "DoRA" if self.magnitude is not None else "lora_bias" if self.bias is not None else self.kind
+            raise ValueError(f"an adapter with {what} works in a mixture; it cannot be trained further by itself")
         d_in, d_out = in_out_features(base)
         if (self.A.shape[1], self.B.shape[0]) != (d_in, d_out):
             raise ValueError(

@@ -106,7 +106,7 @@ def summary(adapter: Adapter) -> dict[str, Any]:
         "rank": max(part.rank for part in parts),
         "alpha": min(alphas, key=lambda alpha: (-alphas[alpha], alpha)),
         "targets": sorted({path.rsplit(".", 1)[-1] for path in adapter.modules}),
-        "full_modules": [],
+        "full_modules": sorted(adapter.full_modules),
         "parameters": adapter.parameters(),
         "dtype": str(adapter.dtype).removeprefix("torch."),
     }
