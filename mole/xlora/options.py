@@ -24,14 +24,13 @@ BUILT_IN = (
     "pooled_gate",
     "gate_lora_bias",
 )
-_KERNELS = {"auto": "auto", "fused": "stacked", "loop": "loop"}
 _PASSED_ON = ("expert_dropout", "expert_dtype", "modules_to_save", "pooled_gate", "gate_lora_bias")
 
 
 def mixture_options(config: xLoRAConfig) -> dict[str, Any]:
     """Keyword arguments of MultiExpertModel. Raises ValueError for an option that it cannot follow."""
     known = signature(MultiExpertModel).parameters
-    options: dict[str, Any] = {"kernel": _KERNELS[config.kernel]}
+    options: dict[str, Any] = {"kernel": config.kernel}
     for name in _PASSED_ON:
         value, default = getattr(config, name), getattr(xLoRAConfig, name)
         if name in known:

@@ -54,9 +54,10 @@ def obstacle(model: XLoraModel, experts: str) -> str | None:
 def _plain(model: XLoraModel) -> bool:
     """Whether every expert is made of low-rank factors and nothing else."""
     return all(
-        set(weights.tensors()) == {"A", "B"}
+        not adapter.biases
+        and not adapter.full_modules
+        and all(set(weights.tensors()) == {"A", "B"} for weights in adapter.modules.values())
         for adapter in model.adapters().values()
-        for weights in adapter.modules.values()
     )
 
 
