@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from mole.data import DataSplits, Sample
 from mole.evaluation import Validation, check_reloaded, mean_loss
 from mole.experts import Expert, ExpertLibrary
 from mole.mixtures import MultiExpertModel
+from mole.mixtures.hidden_store import HiddenStore, store_bytes
 from mole.registry import BACKBONES, DATASETS, LIBRARIES, OPTIMIZERS, ROUTERS, SCHEDULES, TRACKERS, config_dataclass
 from mole.routing.log import RoutingLog
 from mole.run_folder import RunFolder
@@ -47,6 +49,7 @@ class BuildMoe:
     train: Literal["router", "experts", "both"] = "router"
     kernel: Literal["auto", "loop", "stacked"] = "auto"
     allow_other_backbone: bool = False
+    keep_hidden_states: Literal["float32", "bfloat16"] | None = None
     log_every: Annotated[int, Field(ge=1)] | None = 20
     log_examples: Annotated[int, Field(ge=0)] = 16
     seed: int = 0
@@ -55,6 +58,17 @@ class BuildMoe:
     def __post_init__(self):
         if self.learns and not self.datasets:
             chosen_datasets(self)
+        if self.keep_hidden_states is not None:
+            self._require_constant_hidden_states()
+
+    def _require_constant_hidden_states(self) -> None:
+        """Raises ValueError unless the routing pass gives the same for an example in every epoch."""
+        if "hidden_states" not in ROUTERS[self.router.name].implementation.needs:  # type: ignore[attr-defined]
+            raise ValueError(f"keep_hidden_states: router={self.router.name} has no routing pass: set it to null")
+        if self.router.scaling_pass_value != 0:
+            raise ValueError(
+                "keep_hidden_states needs a routing pass without experts: set router.scaling_pass_value=0"
+            )
 
     @property
     def learns(self) -> bool:
@@ -78,7 +92,8 @@ def run(config: BuildMoe) -> float | None:
     log = RoutingLog(model.sites, model.expert_names)
     result = None
     if config.learns:
-        with _listening(model, TrainingForwards(log, config.log_every) if accelerator.is_main_process else None):
+        listener = TrainingForwards(log, config.log_every) if accelerator.is_main_process else None
+        with _listening(model, listener), _keeping(model, config, datasets):
             result = _train(config, model, datasets, collate, accelerator, run)
     else:
         run.update(status="running")
@@ -119,6 +134,24 @@ def _listening(model: MultiExpertModel, listener: Any) -> Iterator[None]:
         yield
     finally:
         model.listeners.remove(listener)
+
+
+@contextmanager
+def _keeping(model: MultiExpertModel, config: BuildMoe, datasets: dict[str, DataSplits]) -> Iterator[None]:
+    """Inside the body the routing pass of each training example is computed once, if the config says so."""
+    if config.keep_hidden_states is None:
+        yield
+        return
+    lengths = [len(sample.input_ids) for splits in datasets.values() for sample in splits.train]
+    size = store_bytes(lengths, model.shape.hidden_size, config.keep_hidden_states)
+    logger.info("hidden states: up to %.2f GiB in %s", size / 2**30, config.run.folder)
+    store = HiddenStore(Path(config.run.folder), config.keep_hidden_states)
+    model.hidden_store = store
+    try:
+        yield
+    finally:
+        model.hidden_store = None
+        store.close()
 
 
 def _mixture(config: BuildMoe, backbone: Backbone, experts: dict[str, Expert]) -> MultiExpertModel:

@@ -21,6 +21,7 @@ from mole.backbones.modules import in_out_features, replace_module
 from mole.mixtures import gate_reuse
 from mole.mixtures.cache import TwoStreamCache
 from mole.mixtures.generation import Generation
+from mole.mixtures.hidden_store import HiddenStore
 from mole.mixtures.routing_pass import Streams, last_hidden_state
 from mole.mixtures.speculation import SpeculationReport
 from mole.mixtures.wrapping import wrap
@@ -71,6 +72,7 @@ class MultiExpertModel(nn.Module, Generation):
         self.backbone: Any = backbone
         self.context = RoutingContext()
         self.listeners: list[Listener] = []
+        self.hidden_store: HiddenStore | None = None  # keeps the routing pass of training examples, if set
         self.speculation: SpeculationReport | None = None  # of the last `generate` with self_speculation
         self._outlines = {name: replace(adapter, modules={}) for name, adapter in experts.items()}
         self.layers = wrap(backbone, experts, self.context, kernel)  # a plain dict: the backbone owns the modules
@@ -246,8 +248,19 @@ class MultiExpertModel(nn.Module, Generation):
 
     def _routing_pass(self, router: Router, inputs: dict[str, Any], pair: TwoStreamCache | None) -> Tensor:
         constant = router.routing_pass_weights()
-        with self.context.push(Frame(experts_enabled=constant is not None, fixed=constant)):
-            return last_hidden_state(self.backbone, inputs, pair.scaling if pair else None)
+
+        def run(inputs: dict[str, Any]) -> Tensor:
+            with self.context.push(Frame(experts_enabled=constant is not None, fixed=constant)):
+                return last_hidden_state(self.backbone, inputs, pair.scaling if pair else None)
+
+        if self.hidden_store is None or not self.training or pair is not None:
+            return run(inputs)
+        if constant is not None:
+            raise ValueError(
+                "hidden states can be kept only if no expert works in the routing pass: its gates are not 0"
+            )
+        names = ("input_ids", "attention_mask", "position_ids")
+        return self.hidden_store.hidden_states({name: inputs[name] for name in names if name in inputs}, run)
 
     # ---- what is seen of the routing
     def _phase(self, cache: Any, frame: Frame) -> str:

@@ -147,6 +147,29 @@ def test_a_router_that_learns_needs_data(walk, capsys):
     assert "dataset: not chosen" in capsys.readouterr().err
 
 
+def test_kept_hidden_states_give_the_same_router(walk, tmp_path):
+    from safetensors.torch import load_file
+
+    words = [*SMALL, *SHORT, *data("reverse", "shouting"), f"library={walk / 'library'}", "router.dropout=0.0"]
+    words += ["router.depth=2", "router.size=16", "log_examples=0", "log_every=null", "training.max_steps=16"]
+    mole("xlora-train", *words, f"run.folder={tmp_path / 'each'}")
+    mole("xlora-train", *words, "keep_hidden_states=float32", f"run.folder={tmp_path / 'kept'}")
+    each, kept = (load_file(tmp_path / name / "mixture" / "router.safetensors") for name in ("each", "kept"))
+    assert all((kept[name] - each[name]).abs().max() < 1e-4 for name in each)
+    assert files(tmp_path / "kept") == files(tmp_path / "each")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["router=top_k"], "router=top_k has no routing pass"), (["router.scaling_pass_value=0.5"], "without experts")],
+)
+def test_hidden_states_that_are_no_constants_are_not_kept(walk, tmp_path, capsys, words, says):
+    command = "build-moe" if words[0].startswith("router=") else "xlora-train"
+    given = [*SMALL, *SHORT, *data("reverse"), f"library={walk / 'library'}", *words, "keep_hidden_states=float32"]
+    assert main([command, *given, f"run.folder={tmp_path / 'run'}"]) == 2
+    assert says in capsys.readouterr().err
+
+
 # ---- evaluate
 def test_evaluate_compares_every_row(walk, tmp_path, capsys):
     words = [*SMALL, *data("reverse", "shouting"), f"model={walk / 'mixture'}"]
