@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import functional as F
 
-from mole.kernels.precision import compute_dtype, no_autocast
+from mole.kernels.precision import autocast_dtype
 from mole.kernels.stack import LoraStack
 
 
@@ -30,16 +31,24 @@ def fused(x: Tensor, stack: LoraStack, weights: Tensor, base_out: Tensor | None 
     in any leading shape → its shape and dtype. Without `base_out`: the sum, [B, T, d_out].
     Differentiable once: RuntimeError in a second derivative, for which there is the loop.
     """
-    dtype = compute_dtype(x)
-    with no_autocast(x):
-        x, A, B = x.to(dtype), stack.A.to(dtype), stack.B.to(dtype)
-        start = base_out if base_out is not None and base_out.dtype == dtype else None
-        columns = None if stack.equal_ranks else stack.column_experts()
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, A, B)):
-            out = _Fused.apply(start, x, A, B, weights, stack.scales, columns)
-        else:
-            out = _forward(start, x, A, B, weights * stack.scales, columns)[0]
-    assert isinstance(out, Tensor)
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        return _sum(x, stack, weights, base_out)
+    with torch.autocast(x.device.type, enabled=False):
+        return _sum(x.to(dtype), stack, weights, base_out)
+
+
+def _sum(x: Tensor, stack: LoraStack, weights: Tensor, base_out: Tensor | None) -> Tensor:
+    A, B = stack.A, stack.B
+    if A.dtype != x.dtype:
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    start = base_out if base_out is not None and base_out.dtype == x.dtype else None
+    columns = None if stack.equal_ranks else stack.column_experts()
+    if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad or A.requires_grad or B.requires_grad):
+        out = _Fused.apply(start, x, A, B, weights, stack.scales, columns)
+        assert isinstance(out, Tensor)
+    else:
+        out = _forward(start, x, A, B, weights * stack.scales, columns)[0]
     if base_out is None or start is not None:
         return out
     return base_out + out.reshape(base_out.shape).to(base_out.dtype)
@@ -49,11 +58,11 @@ def _forward(
     start: Tensor | None, x: Tensor, A: Tensor, B: Tensor, q: Tensor, columns: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The output, and h [B, T, R]."""
-    h = torch.nn.functional.linear(x, A)
+    h = F.linear(x, A)
     u = _gated(h, q, columns)
     if start is None:
-        return torch.nn.functional.linear(u, B), h
-    out = torch.addmm(start.reshape(-1, B.shape[0]), u.reshape(-1, B.shape[1]), B.t())
+        return F.linear(u, B), h
+    out = torch.addmm(start.flatten(0, -2), u.flatten(0, -2), B.t())
     return out.view(start.shape), h
 
 
@@ -108,7 +117,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of start, x, A, B and weights."""
     kept, A, B, weights, scales, columns = ctx.saved_tensors
     for_start, for_x, for_A, for_B, for_weights = ctx.needs_input_grad[:5]
-    with torch.no_grad(), no_autocast(grad):
+    with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
         d = grad.reshape(*ctx.shape[:-1], B.shape[0])
         q = weights * scales
         dh = d @ B

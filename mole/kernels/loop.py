@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mole.kernels.precision import compute_dtype, no_autocast
+from mole.kernels.precision import autocast_dtype
 from mole.kernels.stack import LoraStack
 
 
@@ -25,8 +26,8 @@ def loop(
     in any leading shape → its shape and dtype. Without `base_out`: the sum, [B, T, d_out].
     `dropout` gives each expert a mask of its own on x, with its own rate.
     """
-    x = x.to(compute_dtype(x))
-    with no_autocast(x):
+    x = x.to(autocast_dtype(x) or x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
         out = x.new_zeros(*x.shape[:-1], stack.B.shape[0])
         for expert, part in enumerate(stack.slices()):
             seen = F.dropout(x, dropout[expert]) if dropout is not None else x

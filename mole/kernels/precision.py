@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """autocast leaves float64 alone, and so does this."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would cast `x` to; None where it is off, or would leave x alone as it does float64.
 
-
-def no_autocast(x: Tensor) -> AbstractContextManager:
-    """Autocast off for the body: what runs there has cast its tensors itself."""
+    A kernel that gets a dtype casts its tensors to it and runs under `torch.autocast(x.device.type, enabled=False)`.
+    """
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)

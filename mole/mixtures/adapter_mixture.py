@@ -38,7 +38,8 @@ class MixtureLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`x` [B, T, d_in], or its flat view [B·T, d_in] → the base module's output plus the experts' share."""
-        base_out = self.base(x, *args, **kwargs)
+        modules = self._modules  # a lookup by attribute passes through two `__getattr__`
+        base_out = modules["base"](x, *args, **kwargs)  # type: ignore[misc]
         frame = self.context.current
         if frame is None or not frame.experts_enabled:
             return base_out
@@ -47,7 +48,7 @@ class MixtureLayer(nn.Module):
         if frame.recording:
             frame.seen[self.site] = routing
         routing = _fit(routing, rows, x.dim(), self.site)
-        return self.bank(base_out, rows, routing)
+        return modules["bank"](base_out, rows, routing)  # type: ignore[misc]
 
     def _routing(self, rows: Tensor, frame: Frame) -> Routing:
         if frame.fixed is not None:
