@@ -23,6 +23,7 @@ from mole.mixtures import MultiExpertModel
 from mole.mixtures.hidden_store import HiddenStore, store_bytes
 from mole.registry import BACKBONES, DATASETS, LIBRARIES, OPTIMIZERS, ROUTERS, SCHEDULES, TRACKERS, config_dataclass
 from mole.routing.log import RoutingLog
+from mole.routing.losses import check_losses
 from mole.run_folder import RunFolder
 from mole.training import FitResult, TrainingConfig, TrainingData, fit, make_accelerator
 
@@ -49,6 +50,7 @@ class BuildMoe:
     train: Literal["router", "experts", "both"] = "router"
     kernel: Literal["auto", "loop", "stacked"] = "auto"
     allow_other_backbone: bool = False
+    losses: dict[str, float] = dataclasses.field(default_factory=dict)
     keep_hidden_states: Literal["float32", "bfloat16"] | None = None
     log_every: Annotated[int, Field(ge=1)] | None = 20
     log_examples: Annotated[int, Field(ge=0)] = 16
@@ -58,6 +60,11 @@ class BuildMoe:
     def __post_init__(self):
         if self.learns and not self.datasets:
             chosen_datasets(self)
+        check_losses(self.losses)
+        if self.losses and not ROUTERS[self.router.name].implementation.learned:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"losses: router={self.router.name} learns nothing: leave them out, or choose another router"
+            )
         if self.keep_hidden_states is not None:
             self._require_constant_hidden_states()
 
@@ -66,9 +73,7 @@ class BuildMoe:
         if "hidden_states" not in ROUTERS[self.router.name].implementation.needs:  # type: ignore[attr-defined]
             raise ValueError(f"keep_hidden_states: router={self.router.name} has no routing pass: set it to null")
         if self.router.scaling_pass_value != 0:
-            raise ValueError(
-                "keep_hidden_states needs a routing pass without experts: set router.scaling_pass_value=0"
-            )
+            raise ValueError("keep_hidden_states needs a routing pass without experts: set router.scaling_pass_value=0")
 
     @property
     def learns(self) -> bool:
@@ -93,6 +98,7 @@ def run(config: BuildMoe) -> float | None:
     result = None
     if config.learns:
         listener = TrainingForwards(log, config.log_every) if accelerator.is_main_process else None
+        model.losses = dict(config.losses)
         with _listening(model, listener), _keeping(model, config, datasets):
             result = _train(config, model, datasets, collate, accelerator, run)
     else:

@@ -28,6 +28,7 @@ from mole.mixtures.wrapping import wrap
 from mole.registry import ROUTERS, unknown
 from mole.routers import MixtureShape, Router
 from mole.routing import Frame, Routing, RoutingContext, RoutingInputs
+from mole.routing.losses import labels_of, routing_losses
 
 TRAINS = ("router", "experts", "both", "none")
 
@@ -72,6 +73,7 @@ class MultiExpertModel(nn.Module, Generation):
         self.backbone: Any = backbone
         self.context = RoutingContext()
         self.listeners: list[Listener] = []
+        self.losses: dict[str, float] = {}  # of the routing, in training: name → coefficient
         self.hidden_store: HiddenStore | None = None  # keeps the routing pass of training examples, if set
         self.speculation: SpeculationReport | None = None  # of the last `generate` with self_speculation
         self._outlines = {name: replace(adapter, modules={}) for name, adapter in experts.items()}
@@ -173,12 +175,15 @@ class MultiExpertModel(nn.Module, Generation):
         logits_to_keep: int | Tensor | None = None,
         task_names: Any = None,
         prompt_mask: Tensor | None = None,
+        expert_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The backbone's forward with the mixtures at work: its inputs, its output.
 
         `task_names` (one per example) and `prompt_mask` (bool [B, T]) are for routers that need them. With a router
-        that needs a routing pass, `past_key_values` of the output is a `TwoStreamCache`.
+        that needs a routing pass, `past_key_values` of the output is a `TwoStreamCache`. In training, `losses` (name →
+        coefficient) gives the output `auxiliary_loss`, their weighted sum, and `auxiliary_losses`, each by name;
+        `expert_labels` (int64 [B] or [B, T], -100: none) tells the right experts, else the tasks do.
         """
         given = {
             "input_ids": input_ids,
@@ -200,9 +205,17 @@ class MultiExpertModel(nn.Module, Generation):
             output = self.backbone(**inputs)
         if pair is not None and getattr(output, "past_key_values", None) is not None:
             output.past_key_values = pair
-        if frame.recording:
+        if frame.recording and self.listeners:
             self.report(frame, phase)
+        if self.losses and self.training and frame.experts_enabled:
+            self._add_losses(output, frame, expert_labels)
         return output
+
+    def _add_losses(self, output: Any, frame: Frame, labels: Tensor | None) -> None:
+        tasks, mask = frame.inputs.task_names, frame.inputs.attention_mask
+        labels = labels_of(tasks, self.shape.expert_tasks) if labels is None else labels
+        output.auxiliary_losses = routing_losses(self.losses, frame.seen.values(), mask, labels)
+        output.auxiliary_loss = sum(self.losses[name] * loss for name, loss in output.auxiliary_losses.items())
 
     def _frame(self, inputs: RoutingInputs) -> Frame:
         outer = self.context.current or Frame()
@@ -211,7 +224,7 @@ class MultiExpertModel(nn.Module, Generation):
             experts_enabled=outer.experts_enabled,
             fixed=outer.fixed,
             router=outer.router,
-            recording=bool(self.listeners) and outer.experts_enabled,
+            recording=bool(self.listeners or (self.losses and self.training)) and outer.experts_enabled,
             generating=outer.generating,
         )
 

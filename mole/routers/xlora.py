@@ -138,11 +138,18 @@ class XLoraRouter(Router):
         self._numbers, self._constant = keep_dtype(self._numbers), keep_dtype(self._constant)
         return super()._apply(keep_dtype, recurse)
 
-    def scalings(self, hidden: Tensor) -> Tensor:
-        """`hidden` [B, T, H] → σ [B, T, L, E], or [B, T, 1, E] if the layers share it."""
+    def predictions(self, hidden: Tensor) -> Tensor:
+        """`hidden` [B, T, H] → p [B, T, L, E], or [B, T, 1, E] if the layers share it."""
         with torch.autocast(hidden.device.type, enabled=False):
             outputs = self.classifier(hidden.to(self._numbers.device, self._numbers.dtype))
-            predicted = outputs.unflatten(-1, (-1, self.shape.num_experts))
+            return outputs.unflatten(-1, (-1, self.shape.num_experts))
+
+    def scalings(self, hidden: Tensor) -> Tensor:
+        """`hidden` [B, T, H] → σ in the shape of `predictions`."""
+        return self._activated(self.predictions(hidden))
+
+    def _activated(self, predicted: Tensor) -> Tensor:
+        with torch.autocast(predicted.device.type, enabled=False):
             return torch.softmax(predicted / self._numbers[0], dim=-1) if self.config.softmax else predicted
 
     def gates(self, scalings: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -160,14 +167,20 @@ class XLoraRouter(Router):
 
     def forward(self, x: Tensor | None, frame: Frame) -> tuple[Routing, ...]:
         """→ L routings [B, T, E or K], one object L times if the layers share it."""
-        scalings = self.scalings(frame.need("hidden_states", "xlora"))
+        predicted = self.predictions(frame.need("hidden_states", "xlora"))
+        scalings = self._activated(predicted)
         gates, ids = self.gates(scalings)
         self.latest = Predicted(scalings.detach(), gates.detach(), ids)
         # One unbind: L separate selects would make the backward allocate L full-size zero tensors.
-        parts = [gates.unbind(2), scalings.detach().unbind(2), ids.unbind(2) if ids is not None else None]
         routings = tuple(
-            Routing(parts[0][site], parts[2][site] if parts[2] else None, predicted=parts[1][site])
-            for site in range(gates.shape[2])
+            Routing(weights, chosen, logits=logits, predicted=logged)
+            for weights, chosen, logits, logged in zip(
+                gates.unbind(2),
+                [None] * gates.shape[2] if ids is None else ids.unbind(2),
+                (predicted / self._numbers[0]).unbind(2),
+                scalings.detach().unbind(2),
+                strict=True,
+            )
         )
         return routings if self.config.layerwise else routings * self.shape.num_sites
 

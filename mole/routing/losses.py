@@ -1,0 +1,138 @@
+"""Losses on routings: balance, sharpness, supervision by known experts. All optional, each off by default.
+
+With p the softmax of a routing's logits, N valid tokens, P_e = Σ_t p_te / N, f_e the share of choices that fell on
+expert e (Σ f = 1) and H the entropy in nats:
+
+    load_balance        E Σ_e f_e P_e                     1 at balance (Fedus et al. 2021, arXiv 2101.03961)
+    z_loss              mean_t logsumexp_e(z_te)²         (Zoph et al. 2022, arXiv 2202.08906)
+    importance_cv2      E Σ_e P_e² − 1                    0 at balance (Shazeer et al. 2017, arXiv 1701.06538)
+    balance_entropy     ln E − H(P)                       0 at balance
+    token_entropy       mean_t H(p_t)                     0 for one-hot routing
+    mutual_information  mean_t H(p_t) − H(P)              −ln E for sharp and balanced routing
+    expert_label        mean_t −ln p_t,e*                 e*: the expert of the token's task
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mole.registry import unknown
+from mole.routing.routing import Routing
+
+UNLABELLED = -100
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One routing over its N valid tokens: log p [N, E] and logits [N, E] with graph; f [E]; labels [N] or None."""
+
+    log_p: Tensor
+    logits: Tensor
+    load: Tensor
+    labels: Tensor | None
+
+    @property
+    def importance(self) -> Tensor:
+        """P [E]."""
+        return self.log_p.exp().mean(0)
+
+
+def _entropy(p: Tensor) -> Tensor:
+    return -torch.xlogy(p, p).sum(-1)
+
+
+def _load_balance(o: Observed) -> Tensor:
+    return len(o.load) * (o.load * o.importance).sum()
+
+
+def _z_loss(o: Observed) -> Tensor:
+    return o.logits.logsumexp(-1).square().mean()
+
+
+def _importance_cv2(o: Observed) -> Tensor:
+    return len(o.load) * o.importance.square().sum() - 1
+
+
+def _balance_entropy(o: Observed) -> Tensor:
+    return math.log(len(o.load)) - _entropy(o.importance)
+
+
+def _token_entropy(o: Observed) -> Tensor:
+    return -(o.log_p.exp() * o.log_p).sum(-1).mean()
+
+
+def _mutual_information(o: Observed) -> Tensor:
+    return _token_entropy(o) - _entropy(o.importance)
+
+
+def _expert_label(o: Observed) -> Tensor:
+    if o.labels is None:
+        raise ValueError("the loss expert_label needs expert_labels, or task_names of tasks that the experts name")
+    known = o.labels != UNLABELLED
+    if not known.any():
+        return o.log_p.sum() * 0.0
+    return -o.log_p[known].gather(-1, o.labels[known, None]).mean()
+
+
+LOSSES: dict[str, Callable[[Observed], Tensor]] = {
+    "load_balance": _load_balance,
+    "z_loss": _z_loss,
+    "importance_cv2": _importance_cv2,
+    "balance_entropy": _balance_entropy,
+    "token_entropy": _token_entropy,
+    "mutual_information": _mutual_information,
+    "expert_label": _expert_label,
+}
+
+
+def check_losses(coefficients: Mapping[str, Any]) -> None:
+    """Raises ValueError for a loss that is not known."""
+    for name in coefficients:
+        if name not in LOSSES:
+            raise ValueError(unknown("losses: loss", name, LOSSES))
+
+
+def routing_losses(
+    names: Iterable[str], routings: Iterable[Routing], mask: Tensor | None, labels: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Each loss by name, a scalar: the mean over the distinct routings of a forward.
+
+    `mask` [B, T], 1 at valid tokens (None: all are); `labels` int64 [B] or [B, T], an expert's index or -100. Raises
+    ValueError if a routing has no logits: its router learns nothing that these losses could move.
+    """
+    distinct = list({id(routing): routing for routing in routings}.values())
+    seen = [_observed(routing, mask, labels) for routing in distinct]
+    return {name: torch.stack([LOSSES[name](one) for one in seen]).mean() for name in names}
+
+
+def labels_of(tasks: Iterable[str] | None, expert_tasks: Sequence[Sequence[str]]) -> Tensor | None:
+    """int64 [B]: for each example's task the one expert that names it, -100 where none or several do."""
+    if tasks is None:
+        return None
+    naming = [[e for e, own in enumerate(expert_tasks) if task in own] for task in tasks]
+    return torch.tensor([found[0] if len(found) == 1 else UNLABELLED for found in naming])
+
+
+def _observed(routing: Routing, mask: Tensor | None, labels: Tensor | None) -> Observed:
+    if routing.logits is None:
+        raise ValueError("this router has no logits: losses on its routing move nothing; set losses={}")
+    logits = routing.logits
+    rows, length = logits.shape[:2]
+    valid = torch.ones(rows, length, dtype=torch.bool, device=logits.device)
+    if mask is not None and mask.shape == valid.shape:
+        valid = mask.to(logits.device).bool()
+    if labels is not None:
+        labels = (labels[:, None] if labels.dim() == 1 else labels).to(logits.device).expand(rows, length)[valid]
+    chosen = routing.expert_ids
+    experts = logits.shape[-1]
+    ids = logits.argmax(-1, keepdim=True) if chosen is None else chosen
+    ids = ids.expand(rows, length, -1)[valid]
+    load = torch.bincount(ids[ids >= 0].flatten(), minlength=experts).to(logits.dtype)
+    flat = logits[valid]
+    return Observed(torch.log_softmax(flat, dim=-1), flat, load / load.sum().clamp_min(1), labels)

@@ -1,0 +1,62 @@
+"""A mixture's output in training carries the losses on its routing; nothing else changes."""
+
+import pytest
+import torch
+from mixture_cases import mixture
+
+IDS = torch.randint(3, 101, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["xlora", "xlora_layerwise", "xlora_top_k", "top_k"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_a_loss_reach_the_router_alone(name, checkpointing):
+    model = mixture(name, torch.float64)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    model.losses = {"expert_label": 0.5, "load_balance": 0.25}
+    output = model(input_ids=IDS, task_names=["spell", "date"], use_cache=False)
+    parts = output.auxiliary_losses
+    assert output.auxiliary_loss.item() == pytest.approx(
+        0.5 * parts["expert_label"].item() + 0.25 * parts["load_balance"].item()
+    )
+    output.auxiliary_loss.backward()
+    routers = [p for router in model.routers().values() for p in router.parameters()]
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in routers)
+    assert all(p.grad is None for n, p in model.named_parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["xlora", "top_k"])
+def test_losses_change_no_logits_and_are_absent_in_eval(name):
+    model = mixture(name, torch.float64).eval()
+    with torch.no_grad():
+        want = model(input_ids=IDS, use_cache=False).logits
+        model.losses = {"token_entropy": 1.0}
+        output = model(input_ids=IDS, use_cache=False)
+    assert torch.equal(output.logits, want)
+    assert not hasattr(output, "auxiliary_loss")
+
+
+def test_given_labels_go_before_tasks():
+    model = mixture("xlora", torch.float64).train()
+    model.losses = {"expert_label": 1.0}
+    torch.manual_seed(0)
+    by_task = model(input_ids=IDS, task_names=["spell", "spell"], use_cache=False).auxiliary_loss
+    torch.manual_seed(0)
+    given = model(input_ids=IDS, expert_labels=torch.tensor([1, 1]), task_names=["date"] * 2, use_cache=False)
+    assert given.auxiliary_loss.item() == by_task.item()
+
+
+def test_supervised_gates_find_the_expert_of_the_task():
+    model = mixture("xlora").train()
+    model.losses = {"expert_label": 1.0}
+    optimizer = torch.optim.Adam(model.router.parameters(), lr=0.05)
+    for _ in range(60):
+        loss = model(input_ids=IDS, task_names=["spell", "date"], use_cache=False).auxiliary_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        model.eval()(input_ids=IDS, use_cache=False)
+    assert (model.router.latest.scalings[0, :, 0].argmax(-1) == 1).all()
+    assert (model.router.latest.scalings[1, :, 0].argmax(-1) == 2).all()
