@@ -45,7 +45,7 @@ def _device(value: Any) -> bool:
 
 def _place(value: Any) -> bool:
     if isinstance(value, tuple | list):
-        return len(value) == 2 and all(isinstance(part, str) and part for part in value)
+        return len(value) == 2 and all(isinstance(part, str | os.PathLike) and str(part) for part in value)
     return isinstance(value, str | os.PathLike) and str(value) != ""
 
 
