@@ -44,12 +44,6 @@ class Checkpoint:
     sites: tuple[str, ...] | None = None
     base: BaseFacts | None = None
 
-    def check(self, hidden: int) -> None:
-        """Raises Damaged unless the router fits `hidden`, the experts and the modules that they adapt."""
-        modules = {path for expert in self.experts.values() if expert.adapter for path in expert.adapter.modules}
-        outputs = len(self.experts) * (len(modules) if self.config.layerwise_scalings else 1)
-        router_files.check_shapes(self.layers, self.config, hidden, [outputs], self.router_file)
-
 
 def read_checkpoint(folder: Path, request: Request) -> Checkpoint:
     """The checkpoint in `folder`, of any format. Raises ValueError with the path, what was expected and what it has."""
@@ -181,7 +175,7 @@ def _config(raw: dict[str, Any], request: Request, what: str) -> xLoRAConfig:
                 "; what the writer computed was a dense softmax: config_overrides={'enable_softmax_topk': False, "
                 "'enable_softmax': True, 'softmax_temperature': 1.0} keeps it"
             )
-        elif fields.get("enable_softmax_topk") and fields.get("enable_softmax"):
+        elif fields.get("enable_softmax_topk") and fields.get("enable_softmax", True):
             hint = "; the writer took both softmaxes, which no setting here repeats"
         raise ValueError(f"{what}: {error}{hint}; config_overrides={{field: value}} corrects a file's field") from None
 

@@ -15,7 +15,7 @@ from mole.xlora.checkpoint import Checkpoint, Request, read_checkpoint
 from mole.xlora.config import is_device
 from mole.xlora.model import XLoraModel
 from mole.xlora.places import checkpoint_folder
-from mole.xlora.router_files import put_layers
+from mole.xlora.router_files import check_shapes, put_layers
 
 _FORMS = (
     "from_pretrained(folder, model, device=None, adapters=None, classifier_path=None, config_path=None, verbose=False, "
@@ -62,20 +62,30 @@ def from_pretrained(
 
 
 def _build(model: PreTrainedModel, checkpoint: Checkpoint, device: Any) -> XLoraModel:
-    hidden = model.config.get_text_config().hidden_size
-    checkpoint.config.check(experts=len(checkpoint.experts), hidden=hidden)
-    checkpoint.check(hidden)
-    checkpoint.config.device = torch.device(device) if device is not None else None
-    built = XLoraModel(model, checkpoint.config, checkpoint.experts)
-    if checkpoint.sites is not None and built.sites != checkpoint.sites:
+    """The model, with the router filled; an error gives `model` back as it was."""
+    config = checkpoint.config
+    config.check(experts=len(checkpoint.experts), hidden=model.config.get_text_config().hidden_size)
+    config.device = torch.device(device) if device is not None else None
+    built = XLoraModel(model, config, checkpoint.experts)
+    try:
+        _check_sites(built.sites, checkpoint)
+        outputs = len(built.experts) * (len(built.sites) if config.layerwise_scalings else 1)
+        check_shapes(checkpoint.layers, config, built.shape.hidden_size, outputs, checkpoint.router_file)
+        put_layers(built.router, checkpoint.layers)
+    except ValueError:
         built.unload()
-        odd = sorted({*built.sites} ^ {*checkpoint.sites}) or ["their order"]
-        raise ValueError(
-            f"{checkpoint.router_file}: expected the card's {len(checkpoint.sites)} layers, got {len(built.sites)} "
-            f"(different: {', '.join(odd[:3])}); the base model has other modules: use the one it was trained on"
-        )
-    put_layers(built.router, checkpoint.layers)
+        raise
     return built
+
+
+def _check_sites(sites: tuple[str, ...], checkpoint: Checkpoint) -> None:
+    if checkpoint.sites in (None, sites):
+        return
+    odd = sorted({*sites} ^ {*checkpoint.sites}) or ["their order"]  # type: ignore[misc]
+    raise ValueError(
+        f"{checkpoint.router_file}: expected the card's {len(checkpoint.sites or ())} layers, got {len(sites)} "
+        f"(different: {', '.join(odd[:3])}); the base model has other modules: use the one it was trained on"
+    )
 
 
 def _check_base(model: PreTrainedModel, base: BaseFacts, allow_other: bool) -> None:

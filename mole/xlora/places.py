@@ -69,7 +69,7 @@ def find_expert(folder: Path, source: str) -> ReadExpert | None:
     if not (folder / peft_format.CONFIG).is_file() or not weights.is_file():
         return None
     data = read_file(weights, MAX_WEIGHTS_BYTES)
-    if not any("lora_" in name for name in safetensors_header(data, str(weights))[0]):
+    if not any(".lora_" in name for name in safetensors_header(data, str(weights))[0]):
         return None
     config = read_file(folder / peft_format.CONFIG, peft_format.MAX_CONFIG_BYTES)
     return ReadExpert(peft_format.parse(config, data, str(folder)).adapter, source, digest(config, data))

@@ -7,7 +7,7 @@ PEFT       base_model.internal_xlora_classifier.layers.{k·q}.weight …   q = 3
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -150,23 +150,21 @@ def _names(found: Mapping[int, Any]) -> str:
     return ", ".join("last" if index == _LAST else f"inner.{index}" for index in sorted(found)) or "no tensors"
 
 
-def check_shapes(layers: Layers, config: Any, hidden: int, outputs: Sequence[int], what: str) -> None:
-    """Raises Damaged unless shapes are the chain H → size → … → O, with O one of `outputs`, biases as configured."""
+def check_shapes(layers: Layers, config: Any, hidden: int, outputs: int, what: str) -> None:
+    """Raises Damaged unless shapes are the chain H → size → … → O, O = `outputs`, biases as configured."""
     width = hidden
     for k, (weight, bias) in enumerate(layers):
-        last = k == len(layers) - 1
-        heights = list(outputs) if last else [config.xlora_size]
+        height = outputs if k == len(layers) - 1 else config.xlora_size
         shape = tuple(weight.shape)
-        if len(shape) != 2 or shape[1] != width or shape[0] not in heights:
-            rows = " or ".join(map(str, heights))
+        if shape != (height, width):
             raise Damaged(
-                f"{what}: layer {k + 1} of {len(layers)}: expected shape ({rows}, {width}), got {shape}; the router "
+                f"{what}: layer {k + 1} of {len(layers)}: expected shape {(height, width)}, got {shape}; the router "
                 "was trained for other experts, layers or another base model"
             )
         if (bias is not None) != config.use_bias or (bias is not None and tuple(bias.shape) != shape[:1]):
             got = "none" if bias is None else f"shape {tuple(bias.shape)}"
             raise Damaged(f"{what}: layer {k + 1}: expected {_biases(config, shape)}, got {got}")
-        width = shape[0]
+        width = height
 
 
 def _biases(config: Any, shape: tuple) -> str:
