@@ -8,8 +8,7 @@ is what makes cached generation exact.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -71,8 +70,7 @@ def classifier(config: XLoraConfig, hidden_size: int, outputs: int) -> nn.Sequen
     return nn.Sequential(*layers).to(DTYPES[config.dtype])
 
 
-@dataclass(frozen=True)
-class Predicted:
+class Predicted(NamedTuple):
     """What the router said last, without graph: σ [B, T, 1|L, E]; gates [B, T, 1|L, K] of the experts `ids`, or all."""
 
     scalings: Tensor

@@ -54,7 +54,8 @@ class XLoraModel(MultiExpertModel):
         )
         config.hidden_size = hidden
         self.xlora_config = config
-        self.sources = {name: _kept(expert, self) for name, expert in read.items()}
+        now = self.adapters()
+        self.sources = {name: _kept(expert, now[name]) for name, expert in read.items()}
         self.scalings_log = ScalingsLog(self.listeners, self.sites, self.expert_names)
         self._trains_experts = config.use_trainable_adapters
         self._mark_trained()
@@ -301,11 +302,14 @@ XLoraModel.__name__ = "XLoraModel"
 xLoRAModel = XLoraModel
 
 
-def _kept(expert: ReadExpert, model: MultiExpertModel) -> ReadExpert:
-    """The expert with its own tensors only where the model has them in another dtype: a saved copy holds its own."""
-    dtypes = {p.dtype for layer in model.layers.values() for p in layer.bank.parameters()}
+def _kept(expert: ReadExpert, now: Adapter) -> ReadExpert:
+    """The expert with its own tensors only where the model holds others, such as rounded ones: a saved copy has them."""
     assert expert.adapter is not None
-    same = dtypes == {tensor.dtype for tensor in expert.adapter.tensors().values()}
+    mine, models = expert.adapter.tensors(), now.tensors()
+    same = mine.keys() == models.keys() and all(
+        tensor.dtype == models[name].dtype and torch.equal(tensor, models[name].to(tensor.device))
+        for name, tensor in mine.items()
+    )
     return replace(expert, adapter=None if same else expert.adapter)
 
 

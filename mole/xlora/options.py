@@ -23,8 +23,16 @@ BUILT_IN = (
     "modules_to_save",
     "pooled_gate",
     "gate_lora_bias",
+    "scaling_pass_dropout",
 )
-_PASSED_ON = ("expert_dropout", "expert_dtype", "modules_to_save", "pooled_gate", "gate_lora_bias")
+_PASSED_ON = (
+    "expert_dropout",
+    "expert_dtype",
+    "modules_to_save",
+    "pooled_gate",
+    "gate_lora_bias",
+    "scaling_pass_dropout",
+)
 
 
 def mixture_options(config: xLoRAConfig) -> dict[str, Any]:
