@@ -303,7 +303,7 @@ xLoRAModel = XLoraModel
 
 
 def _kept(expert: ReadExpert, now: Adapter) -> ReadExpert:
-    """The expert with its own tensors only where the model holds others, such as rounded ones: a saved copy has them."""
+    """The expert with its own tensors only where the model holds others (rounded ones): a saved copy has them."""
     assert expert.adapter is not None
     mine, models = expert.adapter.tensors(), now.tensors()
     same = mine.keys() == models.keys() and all(
