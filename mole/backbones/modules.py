@@ -1,8 +1,9 @@
-"""Find modules of a model by what names them, and put others in their place."""
+"""Find modules of a model by what names them, tell what they are, and put others in their place."""
 
 from fnmatch import fnmatchcase
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mole.registry import nearest
@@ -15,14 +16,83 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def kind_of(module: nn.Module) -> str | None:
+    """linear, embedding or convolution; None for what is none of them.
+
+    Linear is whatever says how many features it takes and gives, so quantised layers of any make are.
+    """
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "convolution"
+    return "linear" if isinstance(module, Conv1D) or _widths(module) else None
+
+
+def _widths(module: nn.Module) -> tuple[int, int] | None:
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):  # GPTQ's layers have the latter
+        widths = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(width, int) for width in widths):
+            return widths  # type: ignore[return-value]
+    return None
+
+
 def in_out_features(module: nn.Module) -> tuple[int, int]:
     """(d_in, d_out) of a linear module; ValueError for any other."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
-    d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if not isinstance(d_in, int) or not isinstance(d_out, int):
+    widths = _widths(module)
+    if widths is None:
         raise ValueError(f"a {type(module).__name__} has no input and output width; an adapter needs a linear module")
-    return d_in, d_out
+    return widths
+
+
+def input_output(module: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a linear module, (vocabulary, d_out) of an embedding, channels of a convolution."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return module.in_channels, module.out_channels
+    return in_out_features(module)
+
+
+def reads_left_to_right(model: nn.Module) -> bool:
+    """Whether no token sees later ones: the model can generate, or its attention says that it is causal."""
+    if getattr(model, "can_generate", lambda: False)():
+        return True
+    return any(getattr(module, "is_causal", False) is True for module in model.modules())
+
+
+def compute_dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype that a module computes in: its weight's, or what a quantised layer says, or else float32."""
+    for tensor in [*module.parameters(recurse=False), *module.parameters()]:
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+            return tensor.dtype
+    said = getattr(module, "compute_dtype", None)
+    return said if isinstance(said, torch.dtype) else torch.float32
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's first tensor is; some quantised layers hold buffers only."""
+    first = next(module.parameters(), None)
+    first = next(module.buffers(), None) if first is None else first
+    return torch.device("cpu") if first is None else first.device
+
+
+@torch.no_grad()
+def dense_weight(module: nn.Module) -> Tensor:
+    """W of a linear module or a convolution as float32 (float64 stays) [d_out, d_in, …], dequantised if need be.
+
+    A layer that does not show its weight is asked for what it makes of the unit vectors.
+    """
+    weight = getattr(module, "weight", None)
+    shape = input_output(module)[::-1]
+    if isinstance(module, Conv1D):
+        weight = module.weight.T
+    if isinstance(weight, Tensor) and weight.dtype.is_floating_point and tuple(weight.shape[:2]) == shape:
+        return weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+    units = torch.eye(shape[1], device=device_of(module), dtype=compute_dtype_of(module))
+    made, bias = module(units), getattr(module, "bias", None)
+    return (made.float() if bias is None else made.float() - bias.float()).T
 
 
 def find_modules(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str, nn.Module]:

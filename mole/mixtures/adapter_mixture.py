@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mole.mixtures.banks import LoraBank
+from mole.mixtures.fitting import Fit, fitted
 from mole.routers import Router
 from mole.routing import Frame, Routing, RoutingContext
 
@@ -18,16 +18,16 @@ from mole.routing import Frame, Routing, RoutingContext
 class MixtureLayer(nn.Module):
     """Wraps `base`; the wrapped object itself is neither copied nor changed, unknown attributes are its own.
 
-    `site` is the module's path in the backbone. `router` is the layer's own one, None where one router serves the
-    whole model.
+    `bank` holds the experts (see mixtures/banks), `fit` says how the module's rows find their gates. `router` is the
+    layer's own one, None where one router serves the whole model.
     """
 
-    def __init__(self, base: nn.Module, bank: LoraBank, site: str, context: RoutingContext):
+    def __init__(self, base: nn.Module, bank: nn.Module, fit: Fit, context: RoutingContext):
         super().__init__()
         self.base = base
-        self.bank = bank
+        self.bank: Any = bank
+        self.fit = fit
         self.router: Router | None = None
-        self.site = site
         self.context = context
 
     def __getattr__(self, name: str) -> Any:
@@ -36,41 +36,34 @@ class MixtureLayer(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
 
+    @property
+    def site(self) -> str:
+        """The module's path in the backbone."""
+        return self.fit.site
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`x` [B, T, d_in], or its flat view [B·T, d_in] → the base module's output plus the experts' share."""
-        modules = self._modules  # a lookup by attribute passes through two `__getattr__`
-        base_out = modules["base"](x, *args, **kwargs)  # type: ignore[misc]
+        """The base module's input → its output plus the experts' share."""
+        base_out = self.base(x, *args, **kwargs)
         frame = self.context.current
         if frame is None or not frame.experts_enabled:
             return base_out
-        rows = x[None] if x.dim() == 2 else x
-        routing = self._routing(rows, frame)
+        routing = self._routing(x, frame)
+        if routing is None:
+            return base_out
         if frame.recording:
-            frame.seen[self.site] = routing
-        routing = _fit(routing, rows, x.dim(), self.site)
-        return modules["bank"](base_out, rows, routing)  # type: ignore[misc]
+            frame.seen[self.fit.site] = routing
+        routing, rows = fitted(routing, x, base_out, self.fit, frame)
+        return self.bank(base_out, rows, routing)
 
-    def _routing(self, rows: Tensor, frame: Frame) -> Routing:
+    def _routing(self, x: Tensor, frame: Frame) -> Routing | None:
+        """None where the module is called on its own, outside a forward of the model."""
         if frame.fixed is not None:
             return frame.fixed
-        if self.site in frame.routings:
-            return frame.routings[self.site]
-        assert self.router is not None, f"no routing was made for {self.site}"
-        routing = self.router(rows, frame)
+        if self.fit.site in frame.routings:
+            return frame.routings[self.fit.site]
+        if self.router is None:
+            assert not frame.routings, f"no routing was made for {self.fit.site}"
+            return None
+        routing = self.router(x[None] if x.dim() == 2 else x, frame)
         assert isinstance(routing, Routing), "a router of scope layer gives one routing"
         return routing
-
-
-def _fit(routing: Routing, rows: Tensor, dims: int, site: str) -> Routing:
-    """The routing in the shape of `rows` [B, T, d]: flat inputs [B·T, d] get the flat view of [B, T] weights."""
-    shape = routing.weights.shape
-    if shape[0] in (1, rows.shape[0]) and shape[1] in (1, rows.shape[1]):
-        return routing
-    if dims == 2 and shape[0] * shape[1] == rows.shape[1]:
-        ids = routing.expert_ids
-        flat = None if ids is None else ids.expand_as(routing.weights).flatten(0, 1)[None]
-        return Routing(routing.weights.flatten(0, 1)[None], flat)
-    raise ValueError(
-        f"the routing for {site} has shape {tuple(shape)}, which fits no input of shape {tuple(rows.shape)}: "
-        "weights must be [1|B, 1|T, K]"
-    )

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 
 from mole.adapters import Adapter
 from mole.backbones.modules import in_out_features, replace_module
-from mole.mixtures import gate_reuse
-from mole.mixtures.cache import TwoStreamCache
+from mole.mixtures.encoder_decoder import RoutedEncoder, check_widths, is_one
+from mole.mixtures.forward_routing import route
 from mole.mixtures.generation import Generation
 from mole.mixtures.hidden_store import HiddenStore
-from mole.mixtures.routing_pass import Streams, last_hidden_state
+from mole.mixtures.routing_pass import Streams, can_cache
 from mole.mixtures.speculation import SpeculationReport
-from mole.mixtures.wrapping import wrap
+from mole.mixtures.wrapping import MixtureOptions, expert_now, wrap
 from mole.registry import ROUTERS, unknown
 from mole.routers import MixtureShape, Router
 from mole.routing import Frame, Routing, RoutingContext, RoutingInputs
@@ -53,8 +53,9 @@ class MultiExpertModel(nn.Module, Generation):
     """`backbone` with `experts` (name → adapter, in the mixture's order) under the router of `router_config`.
 
     The backbone's modules are wrapped in place; `unload()` gives it back as it was. `tasks` names each expert's
-    tasks; `train` what gets gradients: router, experts, both or none. Raises ValueError if an expert does not fit
-    the backbone, or the router does not fit the experts.
+    tasks; `train` what gets gradients: router, experts, both or none. `options` are those of `MixtureOptions`: kernel,
+    modules_to_save, pooled_gate … Raises ValueError if an expert does not fit the backbone or cannot be mixed, or the
+    router does not fit the experts.
     """
 
     def __init__(
@@ -64,8 +65,14 @@ class MultiExpertModel(nn.Module, Generation):
         router_config: Any,
         *,
         tasks: Mapping[str, tuple[str, ...]] | None = None,
-        kernel: str = "auto",
         train: str = "router",
+        kernel: str = "auto",
+        expert_dropout: str = "auto",
+        expert_dtype: str = "auto",
+        modules_to_save: str = "error",
+        pooled_gate: str = "auto",
+        gate_lora_bias: bool = True,
+        scaling_pass_dropout: bool = False,
     ):
         super().__init__()
         if not experts:
@@ -76,8 +83,20 @@ class MultiExpertModel(nn.Module, Generation):
         self.losses: dict[str, float] = {}  # of the routing, in training: name → coefficient
         self.hidden_store: HiddenStore | None = None  # keeps the routing pass of training examples, if set
         self.speculation: SpeculationReport | None = None  # of the last `generate` with self_speculation
-        self._outlines = {name: replace(adapter, modules={}) for name, adapter in experts.items()}
-        self.layers = wrap(backbone, experts, self.context, kernel)  # a plain dict: the backbone owns the modules
+        biased = any(w.bias is not None for adapter in experts.values() for w in adapter.modules.values())
+        self.options = MixtureOptions(
+            kernel=kernel,
+            expert_dropout=expert_dropout,
+            expert_dtype=expert_dtype,
+            modules_to_save=modules_to_save,
+            pooled_gate=pooled_gate,
+            gate_lora_bias=gate_lora_bias or not biased,
+            scaling_pass_dropout=scaling_pass_dropout,
+        )
+        check_widths(backbone)
+        wrapped = wrap(backbone, experts, self.context, self.options)
+        # Plain dicts: the backbone owns the modules.
+        self.layers, self.stand_ins, self._outlines = wrapped.layers, wrapped.stand_ins, wrapped.outlines
         self.shape = MixtureShape(
             expert_names=tuple(experts),
             expert_tasks=tuple(tuple((tasks or {}).get(name, ())) for name in experts),
@@ -86,8 +105,9 @@ class MultiExpertModel(nn.Module, Generation):
         )
         self.router: Router | None = None
         self.router_config = router_config
-        self._streams = Streams()
+        self.streams = Streams()
         self.takes = set(signature(backbone.forward).parameters)
+        self._can_cache = can_cache(backbone)
         try:
             self._build_router()
             self.set_trainable(train)
@@ -101,6 +121,11 @@ class MultiExpertModel(nn.Module, Generation):
             self.router = build(self.router_config, self.shape).to(self.device)
             return
         for layer in self.layers.values():
+            if layer.fit.takes != "features":
+                raise ValueError(
+                    f"router={self.router_config.name} goes by the input of each module, and that of {layer.site} "
+                    "(embedding, convolution or whole module) cannot be read: use a router for the whole model"
+                )
             width = in_out_features(layer.base)[0]
             layer.router = build(self.router_config, self.shape, input_dim=width).to(self.device)
 
@@ -141,9 +166,7 @@ class MultiExpertModel(nn.Module, Generation):
         """The experts as they are now, name → adapter; tensors are views of the model's."""
         found = {}
         for index, name in enumerate(self.expert_names):
-            modules = {site: layer.bank.weights(index) for site, layer in self.layers.items()}
-            present = {site: weights for site, weights in modules.items() if weights is not None}
-            found[name] = replace(self._outlines[name], modules=present)
+            found[name] = expert_now(self._outlines[name], index, self.layers)
         return found
 
     def set_trainable(self, train: str) -> None:
@@ -153,14 +176,17 @@ class MultiExpertModel(nn.Module, Generation):
         self.backbone.requires_grad_(False)
         for layer in self.layers.values():
             layer.bank.requires_grad_(train in ("experts", "both"))
+        if self.options.modules_to_save == "train":
+            for standing in self.stand_ins.values():
+                standing.module.requires_grad_(train != "none")
         for router in self.routers().values():
             router.requires_grad_(train in ("router", "both"))
 
     def unload(self) -> PreTrainedModel:
         """Gives the backbone back: every wrapped module is the object that it was."""
-        for site, layer in self.layers.items():
+        for site, layer in {**self.layers, **self.stand_ins}.items():
             replace_module(self.backbone, site, layer.base)
-        self.layers = {}
+        self.layers, self.stand_ins = {}, {}
         return self.backbone
 
     # ---- one forward
@@ -194,18 +220,23 @@ class MultiExpertModel(nn.Module, Generation):
             "logits_to_keep": logits_to_keep,
         }
         inputs = {**{k: v for k, v in given.items() if v is not None}, **kwargs}
-        if use_cache is None:
-            use_cache = bool(getattr(self.config, "use_cache", False)) and not self.training
-        inputs["use_cache"] = use_cache
+        if use_cache and not self._can_cache:
+            raise ValueError(
+                f"use_cache=True: a {type(self.backbone).__name__} takes no cache, or its tokens see later ones"
+            )
+        if self._can_cache:
+            wanted = bool(getattr(self.config, "use_cache", False)) and not self.training
+            inputs["use_cache"] = wanted if use_cache is None else use_cache
         names = None if task_names is None else tuple(task_names)
-        frame = self._frame(RoutingInputs(names, input_ids, attention_mask, prompt_mask))
-        phase = self._phase(past_key_values, frame)
+        frame = self.new_frame(RoutingInputs(names, input_ids, attention_mask, prompt_mask))
+        frame.logits_to_keep = logits_to_keep
+        recording, phase = frame.recording, self.phase(past_key_values, frame)
         with self.context.push(frame):
-            pair = self._route(frame, inputs)
+            pair = route(self, frame, inputs)
             output = self.backbone(**inputs)
         if pair is not None and getattr(output, "past_key_values", None) is not None:
             output.past_key_values = pair
-        if frame.recording and self.listeners:
+        if recording and self.listeners:
             self.report(frame, phase)
         if self.losses and self.training and frame.experts_enabled:
             self._add_losses(output, frame, expert_labels)
@@ -217,7 +248,8 @@ class MultiExpertModel(nn.Module, Generation):
         output.auxiliary_losses = routing_losses(self.losses, frame.seen.values(), mask, labels)
         output.auxiliary_loss = sum(self.losses[name] * loss for name, loss in output.auxiliary_losses.items())
 
-    def _frame(self, inputs: RoutingInputs) -> Frame:
+    def new_frame(self, inputs: RoutingInputs) -> Frame:
+        """The frame of a forward with these inputs, as the contexts around it want it."""
         outer = self.context.current or Frame()
         return Frame(
             inputs=inputs.over(outer.inputs),
@@ -228,55 +260,15 @@ class MultiExpertModel(nn.Module, Generation):
             generating=outer.generating,
         )
 
-    def _route(self, frame: Frame, inputs: dict[str, Any]) -> TwoStreamCache | None:
-        """Fills the frame's routings where one router serves the model, with a routing pass if it needs one.
-
-        Puts the mixture's stream into `inputs`; returns the pair that the caller gets back.
-        """
-        router = self.router if frame.router is None else frame.router
-        if router is None or not frame.experts_enabled or frame.fixed is not None:
-            if isinstance(inputs.get("past_key_values"), TwoStreamCache):
-                raise ValueError("this cache was filled under a routing pass: it cannot go on without one")
-            return None
-        pair = None
-        if "hidden_states" in router.needs:
-            pair = self._streams.pair(
-                inputs.get("past_key_values"),
-                use_cache=inputs["use_cache"],
-                config=self.config,
-                fingerprint=router.fingerprint(),
-            )
-            routed = gate_reuse.route(router, frame, inputs, pair, lambda seen: self._routing_pass(router, seen, pair))
-            if pair is not None:
-                inputs["past_key_values"] = pair.mixture
-        elif isinstance(inputs.get("past_key_values"), TwoStreamCache):
-            raise ValueError("this cache was filled under a routing pass: it cannot go on without one")
-        else:
-            routed = router(None, frame)
-        routings = routed if isinstance(routed, tuple) else (routed,) * self.shape.num_sites
-        rows = (inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]).shape[0]
-        fitted = {id(routing): routing.for_rows(rows) for routing in routings}
-        frame.routings = {site: fitted[id(routing)] for site, routing in zip(self.sites, routings, strict=True)}
-        return pair
-
-    def _routing_pass(self, router: Router, inputs: dict[str, Any], pair: TwoStreamCache | None) -> Tensor:
-        constant = router.routing_pass_weights()
-
-        def run(inputs: dict[str, Any]) -> Tensor:
-            with self.context.push(Frame(experts_enabled=constant is not None, fixed=constant)):
-                return last_hidden_state(self.backbone, inputs, pair.scaling if pair else None)
-
-        if self.hidden_store is None or not self.training or pair is not None:
-            return run(inputs)
-        if constant is not None:
-            raise ValueError(
-                "hidden states can be kept only if no expert works in the routing pass: its gates are not 0"
-            )
-        names = ("input_ids", "attention_mask", "position_ids")
-        return self.hidden_store.hidden_states({name: inputs[name] for name in names if name in inputs}, run)
+    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder with the mixtures at work, for `generate`; other encoders as the backbone gives them."""
+        if args or kwargs or not is_one(self.backbone):
+            return self.backbone.get_encoder(*args, **kwargs)
+        return RoutedEncoder(self)
 
     # ---- what is seen of the routing
-    def _phase(self, cache: Any, frame: Frame) -> str:
+    def phase(self, cache: Any, frame: Frame) -> str:
+        """train, eval, prefill or decode."""
         if not frame.generating:
             return "train" if self.training else "eval"
         return "decode" if cache is not None and cache.get_seq_length() > 0 else "prefill"

@@ -8,26 +8,59 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
+from mole.backbones.modules import reads_left_to_right
 from mole.mixtures.cache import TwoStreamCache
+from mole.routers import Router
+from mole.routing import Frame, Routing
 
 # Inputs of the full forward that the routing pass has no use for.
 _DROPPED = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict", "past_key_values", "use_cache")
 
 
 @torch.no_grad()
-def last_hidden_state(backbone: PreTrainedModel, inputs: dict[str, Any], cache: Cache | None) -> Tensor:
-    """[B, T, H] after the final norm: transformers' `hidden_states[-1]` of the same inputs. Fills `cache`."""
-    kept = {k: v for k, v in inputs.items() if k not in _DROPPED and not k.startswith("output_")}
-    with _dropout_off(backbone):
-        output = backbone.base_model(**kept, past_key_values=cache, use_cache=cache is not None)
-    return output.last_hidden_state
+def last_hidden_state(
+    backbone: PreTrainedModel, inputs: dict[str, Any], cache: Cache | None, *, dropout: bool = False
+) -> Tensor:
+    """[B, T, H] after the final norm: transformers' `hidden_states[-1]` of the same inputs. Fills `cache`.
+
+    `dropout` leaves the backbone's dropout as it is; otherwise it is off.
+    """
+    inner = backbone.base_model
+    takes = signature(inner.forward).parameters
+    heads_own = signature(backbone.forward).parameters.keys() - takes.keys()
+    dropped = {*_DROPPED, *heads_own} if inner is not backbone else set(_DROPPED)
+    kept = {name: v for name, v in inputs.items() if name not in dropped and not name.startswith("output_")}
+    if cache is not None or "use_cache" in takes:
+        kept |= {"past_key_values": cache, "use_cache": cache is not None}
+    with dropout_off(backbone, unless=dropout):
+        return inner(**kept).last_hidden_state
+
+
+def constant_frame(model: Any, router: Router) -> Frame:
+    """The frame of the routing pass: the router's constant routing, or no expert at all.
+
+    Biases that no gate weighs are there even if every gate is 0.
+    """
+    constant = router.routing_pass_weights()
+    if constant is None and not model.options.gate_lora_bias:
+        constant = Routing(torch.zeros(1, 1, model.shape.num_experts, device=model.device))
+    return Frame(experts_enabled=constant is not None, fixed=constant)
+
+
+def can_cache(backbone: PreTrainedModel) -> bool:
+    """Whether earlier tokens can be cached: the backbone takes a cache, and no token sees later ones."""
+    takes = signature(backbone.forward).parameters
+    return "past_key_values" in takes and (
+        getattr(backbone.config, "is_encoder_decoder", False) or reads_left_to_right(backbone)
+    )
 
 
 class Streams:
@@ -43,7 +76,7 @@ class Streams:
         and for a pair that was filled under another state of the router.
         """
         if cache is None:
-            return TwoStreamCache(DynamicCache(config=config), fingerprint=fingerprint) if use_cache else None
+            return TwoStreamCache(_new_cache(config), fingerprint=fingerprint) if use_cache else None
         if not isinstance(cache, Cache):
             raise ValueError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
         pair = cache if isinstance(cache, TwoStreamCache) else self._around(cache, fingerprint)
@@ -68,11 +101,16 @@ class Streams:
         return (Streams, ())
 
 
+def _new_cache(config: Any) -> Cache:
+    cache = DynamicCache(config=config)
+    return EncoderDecoderCache(cache, DynamicCache()) if getattr(config, "is_encoder_decoder", False) else cache
+
+
 @contextmanager
-def _dropout_off(model: nn.Module) -> Iterator[None]:
+def dropout_off(model: nn.Module, *, unless: bool = False) -> Iterator[None]:
     """Eval mode for the body if some dropout would act; every training flag is as before afterwards."""
     training = [module for module in model.modules() if module.training]
-    if not any(_drops(module) for module in training):
+    if unless or not any(_drops(module) for module in training):
         yield
         return
     for module in training:

@@ -1,54 +1,215 @@
-"""Put mixture layers into a backbone, with every expert checked against the modules that it adapts."""
+"""Put mixture layers into a backbone: the bank of each module, for whatever kinds of experts adapt it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from mole.adapters import Adapter
-from mole.backbones.modules import in_out_features, replace_module
+from mole.adapters import Adapter, LoraWeights
+from mole.backbones.modules import compute_dtype_of, device_of, kind_of, replace_module
 from mole.mixtures.adapter_mixture import MixtureLayer
-from mole.mixtures.banks import LoraBank
-from mole.registry import nearest
+from mole.mixtures.banks import BankOfBanks, ConvolutionBank, DoraBank, EmbeddingBank, LoraBank, ModuleBank, OffsetBank
+from mole.mixtures.banks.lora import EXPERT_DROPOUT, EXPERT_DTYPES
+from mole.mixtures.checking import check
+from mole.mixtures.fitting import POOLED_GATES, Fit, pooling
+from mole.mixtures.full_modules import StandIn, check_policy, stand_ins
+from mole.mixtures.names import renamed
+from mole.registry import unknown
 from mole.routing import RoutingContext
 
 
-def wrap(
-    backbone: PreTrainedModel, experts: Mapping[str, Adapter], context: RoutingContext, kernel: str
-) -> dict[str, MixtureLayer]:
-    """A mixture at every module that some expert adapts: path → layer, in the order of `named_modules()`.
+@dataclass(frozen=True)
+class MixtureOptions:
+    """How a mixture computes. Raises ValueError for an unknown value.
 
-    Raises ValueError, before anything is replaced, if an expert names a module that the backbone lacks or one of
-    another shape.
+    `expert_dropout`, `expert_dtype` see LoraBank; `modules_to_save` see full_modules; `pooled_gate` the gates of a
+    module that sees one vector per example: first, last (token) or mean, auto by the backbone; `gate_lora_bias` false
+    adds the biases of lora_bias experts whatever the gates, in the routing pass too, as PEFT's X-LoRA does (but without
+    its global weight); `scaling_pass_dropout` leaves the backbone's dropout on in the routing pass.
     """
-    wanted = {path for adapter in experts.values() for path in adapter.modules}
-    modules = {path: module for path, module in backbone.named_modules() if path in wanted}
-    _check(backbone, experts, dict(modules))
-    layers = {}
-    for path, module in modules.items():
-        here = {i: a.modules[path] for i, a in enumerate(experts.values()) if path in a.modules}
-        parameter = next(module.parameters())
-        dtype = parameter.dtype if parameter.dtype.is_floating_point else torch.float32  # quantised modules
-        bank = LoraBank(here, len(experts), dtype=dtype, kernel=kernel).to(parameter.device)
-        layers[path] = MixtureLayer(module, bank, path, context)
-    for path, layer in layers.items():
+
+    kernel: str = "auto"
+    expert_dropout: str = "auto"
+    expert_dtype: str = "auto"
+    modules_to_save: str = "error"
+    pooled_gate: str = "auto"
+    gate_lora_bias: bool = True
+    scaling_pass_dropout: bool = False
+
+    def __post_init__(self) -> None:
+        known = {"expert_dropout": EXPERT_DROPOUT, "expert_dtype": tuple(EXPERT_DTYPES), "pooled_gate": POOLED_GATES}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(unknown(name, getattr(self, name), list(values)))
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """What stands in the backbone now, path → module: the mixtures in the order of `named_modules()`, and stand-ins.
+
+    `outlines` name → the expert under the backbone's names, without what the mixtures hold of it.
+    """
+
+    layers: dict[str, MixtureLayer]
+    stand_ins: dict[str, StandIn]
+    outlines: dict[str, Adapter]
+
+
+def wrap(
+    backbone: PreTrainedModel, experts: Mapping[str, Adapter], context: RoutingContext, options: MixtureOptions
+) -> Wrapped:
+    """A mixture at every module that some expert changes.
+
+    Raises ValueError, before anything is replaced, if an expert names a module that the backbone lacks, one of another
+    shape, or one that cannot be mixed.
+    """
+    experts = {name: renamed(name, adapter, backbone) for name, adapter in experts.items()}
+    modules = dict(backbone.named_modules())
+    check_policy(options.modules_to_save, experts)
+    check(backbone, experts, modules)
+    sites = _Sites(backbone, list(experts.values()), modules, options)
+    layers = {path: MixtureLayer(modules[path], sites.bank(path), sites.fit(path), context) for path in sites.paths}
+    standing = stand_ins(modules, experts, options.modules_to_save, context)
+    for path, layer in {**layers, **standing}.items():
         replace_module(backbone, path, layer)
-    return layers
+    outlines = {name: replace(adapter, modules={}) for name, adapter in experts.items()}
+    return Wrapped(layers, standing, outlines)
 
 
-def _check(backbone: PreTrainedModel, experts: Mapping[str, Adapter], modules: dict) -> None:
-    for name, adapter in experts.items():
-        if not adapter.modules:
-            raise ValueError(f"expert {name!r} adapts no module at all")
-        for path, weights in adapter.modules.items():
-            if path not in modules:
-                near = nearest(path, [p for p, _ in backbone.named_modules()])
-                raise ValueError(f"expert {name!r} adapts {path!r}, which this backbone lacks (nearest: {near})")
-            made_for, here = (weights.A.shape[1], weights.B.shape[0]), in_out_features(modules[path])
-            if made_for != here:
-                raise ValueError(
-                    f"expert {name!r} at {path}: made for {made_for[0]} → {made_for[1]} features, "
-                    f"the backbone has {here[0]} → {here[1]}"
-                )
+def expert_now(outline: Adapter, index: int, layers: Mapping[str, MixtureLayer]) -> Adapter:
+    """The expert of that mixture index as the layers hold it now; tensors are views of theirs."""
+    weights = {site: layer.bank.weights(index) for site, layer in layers.items()}
+    biases, full = dict(outline.biases), dict(outline.full_modules)
+    for site, layer in layers.items():
+        if isinstance(layer.bank, LoraBank):
+            continue
+        if (bias := layer.bank.base_bias(index)) is not None:
+            biases[site] = bias
+        if (module := layer.bank.full_module(index)) is not None:
+            full[site] = module
+    modules = {site: part for site, part in weights.items() if part is not None}
+    return replace(outline, modules=modules, biases=biases, full_modules=full)
+
+
+class _Sites:
+    """The modules that experts change, and what each of them needs."""
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        experts: list[Adapter],
+        modules: Mapping[str, nn.Module],
+        options: MixtureOptions,
+    ):
+        self.experts = experts
+        self.modules = modules
+        self.options = options
+        self.head = getattr(backbone, "get_output_embeddings", lambda: None)()
+        self.pooled = pooling(backbone, options.pooled_gate)
+        self.biases = [_changed_biases(adapter, modules) for adapter in experts]
+        mixes = options.modules_to_save == "mix"
+        self.full = [adapter.full_modules if mixes else {} for adapter in experts]
+        wanted = {path for adapter in experts for path in adapter.modules}
+        wanted |= {path for parts in [*self.biases, *self.full] for path in parts}
+        self.paths = [path for path in modules if path in wanted]
+
+    def fit(self, path: str) -> Fit:
+        """How the rows of the module at `path` find their gates."""
+        module = self.modules[path]
+        takes = {"embedding": "ids", "convolution": "channels"}.get(kind_of(module) or "", "features")
+        if any(path in parts for parts in self.full):
+            takes = "outputs"
+        return Fit(
+            site=path,
+            num_experts=len(self.experts),
+            takes=takes,
+            pooled=self.pooled,
+            pointwise=isinstance(module, nn.Conv1d) and (*module.kernel_size, *module.stride) == (1, 1),
+            is_head=module is self.head,
+        )
+
+    def bank(self, path: str) -> nn.Module:
+        """The experts at `path`, on the device of its module."""
+        module, count = self.modules[path], len(self.experts)
+        if full := {i: parts[path] for i, parts in enumerate(self.full) if path in parts}:
+            if kind_of(module) == "convolution" or any(path in parts for parts in self.biases):
+                raise ValueError(f"modules_to_save=mix: {path}: convolutions, and modules with biases, cannot be mixed")
+            return _at(path, lambda: ModuleBank(full, count, base=module)).to(device_of(module))
+        banks = self._banks(path, module)
+        for bank in banks:
+            if not isinstance(bank, LoraBank):  # which sees to it itself
+                bank.own_dtype = EXPERT_DTYPES[self.options.expert_dtype]
+        bank = banks[0] if len(banks) == 1 else BankOfBanks(banks)
+        return bank.to(device_of(module))
+
+    def _banks(self, path: str, module: nn.Module) -> list:
+        options, count, kind = self.options, len(self.experts), kind_of(module)
+        here = {i: a.modules[path] for i, a in enumerate(self.experts) if path in a.modules}
+        dtype = EXPERT_DTYPES[options.expert_dtype] or compute_dtype_of(module)
+        banks: list = []
+        if here and kind == "embedding":
+            banks.append(EmbeddingBank(here, count, base=module, dtype=dtype))
+        elif here and kind == "convolution":
+            banks.append(ConvolutionBank(here, count, base=module, dtype=dtype))
+        elif here:
+            banks += self._linear(here, module)
+        added = {i: weights.bias for i, weights in here.items() if weights.bias is not None}
+        first = kind == "convolution"
+        if added:
+            scales = {i: here[i].scale for i in added}
+            gated = options.gate_lora_bias
+            banks.append(OffsetBank(added, count, dtype=dtype, scales=scales, channels_first=first, gated=gated))
+        trained = {i: parts[path] for i, parts in enumerate(self.biases) if path in parts}
+        if trained:
+            base = getattr(module, "bias", None)
+            banks.append(OffsetBank(trained, count, dtype=dtype, base_bias=base, channels_first=first))
+        return banks
+
+    def _linear(self, here: Mapping[int, LoraWeights], module: nn.Module) -> list[LoraBank]:
+        """DoRA's experts first: they go by what the module itself gave."""
+        options = self.options
+        settings = {
+            "dtype": compute_dtype_of(module),
+            "kernel": options.kernel,
+            "dropout": {i: self.experts[i].dropout for i in here},
+            "expert_dropout": options.expert_dropout,
+            "expert_dtype": options.expert_dtype,
+        }
+        dora = {i: weights for i, weights in here.items() if weights.magnitude is not None}
+        plain = {i: weights for i, weights in here.items() if i not in dora}
+        banks: list[LoraBank] = [DoraBank(dora, len(self.experts), base=module, **settings)] if dora else []
+        return [*banks, LoraBank(plain, len(self.experts), **settings)] if plain else banks
+
+
+def _at(path: str, build):
+    try:
+        return build()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _changed_biases(adapter: Adapter, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The biases that the expert changed: those that it left as they were need no mixture.
+
+    Raises ValueError for a bias whose module does not simply add it. One that is tied to another's is that one's.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    adding = (nn.Linear, Conv1D, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    ordered = sorted(adapter.biases.items(), key=lambda row: not isinstance(modules[row[0]], adding))
+    for path, bias in ordered:
+        here = getattr(modules[path], "bias", None)
+        if not isinstance(here, Tensor) or here.shape != bias.shape:
+            raise ValueError(f"{path}: a trained bias of shape {tuple(bias.shape)}, and the module has none like it")
+        if id(here) in seen or torch.equal(bias.to(here.device, here.dtype), here.detach()):
+            continue
+        seen.add(id(here))
+        if not isinstance(modules[path], adding) and kind_of(modules[path]) is None:
+            raise ValueError(f"{path}: a {type(modules[path]).__name__} does more with its bias than add it")
+        found[path] = bias
+    return found

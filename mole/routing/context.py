@@ -50,6 +50,7 @@ class Frame:
     `router`   a router of model scope that stands in for the model's own (see `MultiExpertModel.routed_by`).
     `routings` site → routing, made by a router of model scope before the layers run.
     `seen`     site → routing as spent, filled by the layers if `recording`.
+    `logits_to_keep` the positions that the output head sees: as many from the end (0: all), or an index; None: all.
     """
 
     inputs: RoutingInputs = field(default_factory=RoutingInputs)
@@ -60,6 +61,7 @@ class Frame:
     recording: bool = False
     seen: dict[str, Routing] = field(default_factory=dict)
     generating: bool = False
+    logits_to_keep: int | Tensor | None = None
 
     def need(self, name: str, router: str) -> Any:
         """The input `name`, or a ValueError that says which router misses it."""

@@ -1,0 +1,88 @@
+"""DoRA experts at one linear module (Liu et al., 2024, arXiv 2402.09353).
+
+    ν_e = m_e / ‖W + s_e B_e A_e‖ (row by row);   δ_e(x) = (ν_e − 1) ∘ W x + ν_e ∘ s_e B_e A_e x
+
+Gated and summed that is one elementwise product with what the module gave, without its bias, and a LoRA with
+diag(ν_e) B_e. The norm is no part of the gradient, as in the paper; of frozen experts it is a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mole.adapters import LoraWeights
+from mole.backbones.modules import dense_weight
+from mole.kernels import LoraStack
+from mole.mixtures.banks.lora import LoraBank
+from mole.routing import Routing
+
+
+class DoraBank(LoraBank):
+    """As a LoraBank, with a magnitude for each expert. It must be the first bank to see the module's own output.
+
+    `base` is the module: of it are read the weight, once, and the bias.
+    """
+
+    def __init__(self, experts: Mapping[int, LoraWeights], num_experts: int, *, base: nn.Module, **options: Any):
+        super().__init__(experts, num_experts, **options)
+        rows = [experts[e].magnitude for e in self.present]
+        flat = [row.detach().flatten() for row in rows if row is not None]
+        self.magnitude = nn.Parameter(torch.stack(flat).to(self.A.dtype), requires_grad=False)
+        self._base = (base,)  # in a tuple: it is the mixture layer's, and no part of the bank
+        self._norm: Tensor | None = None
+
+    def requires_grad_(self, requires_grad: bool = True) -> DoraBank:
+        self._norm = None  # training may have changed the factors
+        super().requires_grad_(requires_grad)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DoraBank:
+        self._norm = None
+        super()._apply(fn, recurse)
+        return self
+
+    def ratio(self) -> Tensor:
+        """ν [n, d_out]: the trained length of each row of the weight over the length that it has."""
+        norm = self._norm
+        if norm is None or norm.device != self.magnitude.device or self.A.requires_grad:
+            norm = self._norm = self._row_lengths()
+        return self.magnitude / norm
+
+    @torch.no_grad()
+    def _row_lengths(self) -> Tensor:
+        """‖W + s B A‖ of each expert and row, [n, d_out]."""
+        weight = dense_weight(self._base[0]).to(self.A.device)
+        rows = []
+        for place, part in enumerate(super()._stack().slices()):
+            A, B = self.A[part].to(weight.dtype), self.B[:, part].to(weight.dtype)
+            rows.append(torch.linalg.vector_norm(torch.addmm(weight, B, A, alpha=self.scales[place]), dim=1))
+        return torch.stack(rows)
+
+    def _stack(self) -> LoraStack:
+        """The stack with diag(ν_e) B_e in the place of B_e."""
+        stack = super()._stack()
+        lengths = self.ratio().index_select(0, stack.column_experts()).T
+        return replace(stack, B=(stack.B * lengths).to(stack.B.dtype))
+
+    def forward(self, base_out: Tensor, x: Tensor, routing: Routing) -> Tensor:
+        """As a LoraBank's; `base_out` is what the module itself gave."""
+        bias = getattr(self._base[0], "bias", None)
+        rows = (base_out if bias is None else base_out - bias).reshape(*x.shape[:-1], -1)
+        gates = self._local_weights(routing)
+        share = (gates @ (self.ratio() - 1).to(gates.dtype)) * rows
+        return super().forward(base_out + share.reshape(base_out.shape).to(base_out.dtype), x, routing)
+
+    def weights(self, expert: int) -> LoraWeights | None:
+        """The weights of the expert with that mixture index, as views of the bank; None if it has none here."""
+        if expert not in self.present:
+            return None
+        place = self.present.index(expert)
+        part = super()._stack().slices()[place]
+        alpha, rslora = self.alphas[place]
+        A, B = self.A.detach()[part], self.B.detach()[:, part]
+        return LoraWeights(A=A, B=B, alpha=alpha, rslora=rslora, magnitude=self.magnitude.detach()[place])

@@ -1,0 +1,61 @@
+"""Before the layers run: fills the frame of a forward with its routings, by a routing pass if the router needs one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mole.mixtures import encoder_decoder, gate_reuse
+from mole.mixtures.cache import TwoStreamCache
+from mole.mixtures.placing import batch_rows, placed
+from mole.mixtures.routing_pass import constant_frame, last_hidden_state
+from mole.routers import Router
+from mole.routing import Frame
+
+
+def route(model: Any, frame: Frame, inputs: dict[str, Any]) -> TwoStreamCache | None:
+    """Fills the frame's routings where one router serves the model.
+
+    Puts what the mixture pass needs into `inputs`; returns the pair of caches that the caller gets back. Raises
+    ValueError for a pair of caches where there is no routing pass.
+    """
+    router: Router | None = model.router if frame.router is None else frame.router
+    if not frame.experts_enabled or frame.fixed is not None:
+        router = None
+    if router is None or "hidden_states" not in router.needs:
+        if isinstance(inputs.get("past_key_values"), TwoStreamCache):
+            raise ValueError("this cache was filled under a routing pass: it cannot go on without one")
+        if router is not None:
+            frame.routings = placed(model, router(None, frame), batch_rows(inputs))
+        return None
+    pair = model.streams.pair(
+        inputs.get("past_key_values"),
+        use_cache=inputs.get("use_cache", False),
+        config=model.config,
+        fingerprint=router.fingerprint(),
+    )
+    if encoder_decoder.is_one(model.backbone):
+        frame.routings = encoder_decoder.route(model, router, frame, inputs, pair)
+    else:
+        routed = gate_reuse.route(router, frame, inputs, pair, lambda seen: _routing_pass(model, router, seen, pair))
+        frame.routings = placed(model, routed, batch_rows(inputs))
+    if pair is not None:
+        inputs["past_key_values"] = pair.mixture
+    return pair
+
+
+def _routing_pass(model: Any, router: Router, inputs: dict[str, Any], pair: TwoStreamCache | None) -> Tensor:
+    constant = constant_frame(model, router)
+
+    def run(inputs: dict[str, Any]) -> Tensor:
+        scaling = pair.scaling if pair else None
+        with model.context.push(constant):
+            return last_hidden_state(model.backbone, inputs, scaling, dropout=model.options.scaling_pass_dropout)
+
+    if model.hidden_store is None or not model.training or pair is not None:
+        return run(inputs)
+    if constant.experts_enabled:
+        raise ValueError("hidden states can be kept only if no expert works in the routing pass: its gates are not 0")
+    names = ("input_ids", "attention_mask", "position_ids")
+    return model.hidden_store.hidden_states({name: inputs[name] for name in names if name in inputs}, run)

@@ -1,0 +1,49 @@
+"""Routings as the layers of a model spend them: for the rows of the batch, on the devices of the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mole.backbones.modules import device_of
+from mole.routing import Routing
+
+
+def placed(model: Any, routed: Routing | tuple[Routing, ...], rows: int) -> dict[str, Routing]:
+    """Site → routing, of one for all sites or one for each, for a batch of `rows`."""
+    routings = routed if isinstance(routed, tuple) else (routed,) * model.shape.num_sites
+    made = {id(routing): routing.for_rows(rows) for routing in routings}
+    found = {site: made[id(routing)] for site, routing in zip(model.sites, routings, strict=True)}
+    if len(set((getattr(model.backbone, "hf_device_map", None) or {}).values())) < 2:
+        return found
+    return on_devices(found, {site: device_of(layer.bank) for site, layer in model.layers.items()})
+
+
+def on_devices(routings: Mapping[str, Routing], devices: Mapping[str, torch.device]) -> dict[str, Routing]:
+    """The routings on these devices; each is copied to a device once, however many layers are there."""
+    copies: dict[tuple[int, torch.device], Routing] = {}
+    for site, routing in routings.items():
+        key = (id(routing), devices[site])
+        if key not in copies:
+            copies[key] = _moved(routing, devices[site])
+    return {site: copies[id(routing), devices[site]] for site, routing in routings.items()}
+
+
+def _moved(routing: Routing, device: torch.device) -> Routing:
+    if routing.weights.device == device:
+        return routing
+    ids = routing.expert_ids
+    return replace(routing, weights=routing.weights.to(device), expert_ids=None if ids is None else ids.to(device))
+
+
+def batch_rows(inputs: Mapping[str, Any]) -> int:
+    """How many rows the inputs of a forward have."""
+    names = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values")
+    for name in names:
+        if isinstance(inputs.get(name), Tensor):
+            return inputs[name].shape[0]
+    raise ValueError(f"a forward needs one of {', '.join(names)}; got {', '.join(inputs) or 'nothing'}")
