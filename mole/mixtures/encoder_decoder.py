@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
 from mole.mixtures.cache import TwoStreamCache
@@ -97,6 +98,7 @@ def route(
         raise ValueError("gate_refresh and gate_freeze_after are for backbones without an encoder")
     if model.hidden_store is not None:
         raise ValueError("hidden states of the routing pass are kept for backbones without an encoder only")
+    starts = pair is None or pair.get_seq_length() == 0
     before = inputs.get("encoder_outputs")
     states = encoded(model, router, frame, inputs) if before is None else before
     if not isinstance(states, RoutedEncoderOutput) or states.routing_state is None:
@@ -109,10 +111,9 @@ def route(
     if inputs.get("labels") is not None and not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
         given["decoder_input_ids"] = model.backbone.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
     with model.context.push(constant_frame(model, router)):
-        scaling, dropout = pair.scaling if pair else None, model.options.scaling_pass_dropout
-        hidden = last_hidden_state(model.backbone, given, scaling, dropout=dropout)
+        hidden = _decoder_state(model, given, pair.scaling if pair else None)
     across: dict[str, Routing] = {}
-    if any(map(reads_encoder, model.sites)) and (pair is None or pair.get_seq_length() == 0):
+    if starts and any(map(reads_encoder, model.sites)):  # later the keys and values are there
         frame.inputs = replace(frame.inputs, hidden_states=states.routing_state)
         across = placed(model, router(None, frame), states.routing_state.shape[0])
     ids, mask = given.get("decoder_input_ids"), given.get("decoder_attention_mask")
@@ -121,6 +122,20 @@ def route(
     if frame.recording:
         frame.recording, frame.seen = False, dict(routings)
     return {site: across.get(site, own) if reads_encoder(site) else own for site, own in routings.items()}
+
+
+def _decoder_state(model: Any, inputs: dict[str, Any], cache: Cache | None) -> Tensor:
+    """[B, T, H] of the decoder's first pass. T5 with a head has no inner model: its decoder is called."""
+    backbone, dropout = model.backbone, model.options.scaling_pass_dropout
+    if backbone.base_model is not backbone:
+        return last_hidden_state(backbone, inputs, cache, dropout=dropout)
+    renames = {"decoder_input_ids": "input_ids", "decoder_attention_mask": "attention_mask"}
+    renames |= {"decoder_inputs_embeds": "inputs_embeds", "attention_mask": "encoder_attention_mask"}
+    given = {new: inputs[old] for old, new in renames.items() if inputs.get(old) is not None}
+    given |= {"past_key_values": cache, "use_cache": cache is not None}
+    states = inputs["encoder_outputs"].last_hidden_state
+    with torch.no_grad(), dropout_off(backbone, unless=dropout):
+        return backbone.get_decoder()(**given, encoder_hidden_states=states).last_hidden_state
 
 
 def reads_encoder(site: str) -> bool:

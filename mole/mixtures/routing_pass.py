@@ -41,7 +41,13 @@ def last_hidden_state(
     if cache is not None or "use_cache" in takes:
         kept |= {"past_key_values": cache, "use_cache": cache is not None}
     with dropout_off(backbone, unless=dropout):
-        return inner(**kept).last_hidden_state
+        output = inner(**kept)
+    if getattr(output, "last_hidden_state", None) is None:
+        raise ValueError(
+            f"the router reads hidden states, and a {type(inner).__name__} gives none without its head: it has no "
+            "inner model (base_model_prefix)"
+        )
+    return output.last_hidden_state
 
 
 def constant_frame(model: Any, router: Router) -> Frame:
