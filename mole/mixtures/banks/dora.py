@@ -73,7 +73,7 @@ class DoraBank(LoraBank):
         """As a LoraBank's; `base_out` is what the module itself gave."""
         bias = getattr(self._base[0], "bias", None)
         rows = (base_out if bias is None else base_out - bias).reshape(*x.shape[:-1], -1)
-        gates = self._local_weights(routing)
+        gates = self.local_weights(routing)
         share = (gates @ (self.ratio() - 1).to(gates.dtype)) * rows
         return super().forward(base_out + share.reshape(base_out.shape).to(base_out.dtype), x, routing)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,14 +11,15 @@ from torch.nn import functional as F
 
 from mole.adapters import LoraWeights
 from mole.kernels import LoraStack, choose, columns_of, loop
+from mole.mixtures.banks.bank import Bank
 from mole.registry import unknown
-from mole.routing import EMPTY, Routing
+from mole.routing import Routing
 
 EXPERT_DROPOUT = ("auto", "off", "shared", "independent")
 EXPERT_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class LoraBank(nn.Module):
+class LoraBank(Bank):
     """LoRA experts at one module, each with its own rank, alpha and scale.
 
     `experts` mixture index → weights, for the experts that have weights here; the others add nothing here, and the
@@ -43,61 +44,38 @@ class LoraBank(nn.Module):
         expert_dropout: str = "auto",
         expert_dtype: str = "auto",
     ):
-        super().__init__()
-        if expert_dropout not in EXPERT_DROPOUT:
-            raise ValueError(unknown("expert_dropout", expert_dropout, EXPERT_DROPOUT))
-        if expert_dtype not in EXPERT_DTYPES:
-            raise ValueError(unknown("expert_dtype", expert_dtype, list(EXPERT_DTYPES)))
-        self.num_experts = num_experts
-        self.present = tuple(sorted(experts))
+        for name, value, known in (
+            ("expert_dropout", expert_dropout, EXPERT_DROPOUT),
+            ("expert_dtype", expert_dtype, tuple(EXPERT_DTYPES)),
+        ):
+            if value not in known:
+                raise ValueError(unknown(name, value, known))
+        super().__init__(experts, num_experts)
         members = [experts[e] for e in self.present]
         self.ranks = tuple(m.rank for m in members)
         self.alphas = tuple((m.alpha, m.rslora) for m in members)
         self.scales = tuple(m.scale for m in members)
         self.dropout = tuple((dropout or {}).get(e, 0.0) for e in self.present)
         self.expert_dropout = expert_dropout
-        self._own_dtype = EXPERT_DTYPES[expert_dtype]
-        dtype = self._own_dtype or dtype
+        self.own_dtype = EXPERT_DTYPES[expert_dtype]
+        dtype = self.own_dtype or dtype
         self.A = nn.Parameter(torch.cat([m.A.detach().to(dtype) for m in members], dim=0), requires_grad=False)
         self.B = nn.Parameter(torch.cat([m.B.detach().to(dtype) for m in members], dim=1), requires_grad=False)
         self._kernel = choose(kernel)
-        self._make_tables()
+        self._make_tables(self.A.device)
 
-    def _make_tables(self) -> None:
-        """Small tensors beside A. No buffers: data-parallel training writes to buffers between forward and backward."""
-        device = self.A.device
-        self._scales = torch.tensor(self.scales, device=device, dtype=torch.promote_types(self.A.dtype, torch.float32))
-        self._columns = columns_of(self.ranks, device)
-        self._present = torch.tensor(self.present, device=device)
-        local = [self.present.index(e) if e in self.present else EMPTY for e in range(self.num_experts)]
-        self._local = torch.tensor(local, device=device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraBank:
-        """The tables follow the parameters, which keep a dtype of their own."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if self._own_dtype is None or moved.dtype == tensor.dtype:
-                return moved
-            return tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)
-        self._make_tables()
-        return self
+    def _make_tables(self, device: torch.device) -> None:
+        super()._make_tables(device)
+        if hasattr(self, "A"):  # not while Bank is being built
+            precision = torch.promote_types(self.A.dtype, torch.float32)
+            self._scales = torch.tensor(self.scales, device=device, dtype=precision)
+            self._columns = columns_of(self.ranks, device)
 
     def _stack(self) -> LoraStack:
-        if self._scales.device != self.A.device:  # moved by what sets parameters one by one
-            self._make_tables()
-        return LoraStack(self.A, self.B, self._scales, self.ranks, self._columns)
-
-    def _local_weights(self, routing: Routing) -> Tensor:
-        """The routing over the experts of this bank, dense: [1|B, 1|T, n]."""
-        if routing.expert_ids is not None:
-            ids = torch.where(routing.expert_ids >= 0, self._local[routing.expert_ids.clamp_min(0)], EMPTY)
-            return Routing(routing.weights, ids).dense(len(self.present))
-        if len(self.present) == self.num_experts:
-            return routing.weights
-        return routing.weights.index_select(-1, self._present)
+        A = self.A
+        if self._scales.device != A.device:  # moved by what sets parameters one by one
+            self._make_tables(A.device)
+        return LoraStack(A, self.B, self._scales, self.ranks, self._columns)
 
     def forward(self, base_out: Tensor, x: Tensor, routing: Routing) -> Tensor:
         """base_out + Σ_e w_e s_e B_e A_e x, in the shape and dtype of `base_out`, which is not changed.
@@ -105,9 +83,9 @@ class LoraBank(nn.Module):
         `x` [B, T, d_in]; `base_out` as many vectors [d_out] in any leading shape.
         """
         stack = self._stack()
-        weights = self._local_weights(routing)
-        if self._own_dtype is not None:
-            x = x.to(self._own_dtype)
+        weights = self.local_weights(routing)
+        if self.own_dtype is not None:
+            x = x.to(self.own_dtype)
         if self.training and self.A.requires_grad and self.expert_dropout != "off" and any(self.dropout):
             return self._with_dropout(base_out, x, stack, weights)
         return self._kernel(x, stack, weights, base_out)
