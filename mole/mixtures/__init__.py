@@ -6,10 +6,12 @@ from mole.mixtures.cache import TwoStreamCache
 from mole.mixtures.files import Origin, load_mixture, origins_of, save_mixture
 from mole.mixtures.model import MultiExpertModel
 from mole.mixtures.opening import experts_of, mixture_of, open_model, pinned
+from mole.mixtures.wrapping import MixtureOptions
 
 __all__ = [
     "LoraBank",
     "MixtureLayer",
+    "MixtureOptions",
     "MultiExpertModel",
     "Origin",
     "TwoStreamCache",

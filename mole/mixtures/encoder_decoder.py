@@ -128,7 +128,7 @@ def _decoder_state(model: Any, inputs: dict[str, Any], cache: Cache | None) -> T
     """[B, T, H] of the decoder's first pass. T5 with a head has no inner model: its decoder is called."""
     backbone, dropout = model.backbone, model.options.scaling_pass_dropout
     if backbone.base_model is not backbone:
-        return last_hidden_state(backbone, inputs, cache, dropout=dropout)
+        return last_hidden_state(backbone, inputs, cache, names=model.pass_inputs, dropout=dropout)
     renames = {"decoder_input_ids": "input_ids", "decoder_attention_mask": "attention_mask"}
     renames |= {"decoder_inputs_embeds": "inputs_embeds", "attention_mask": "encoder_attention_mask"}
     given = {new: inputs[old] for old, new in renames.items() if inputs.get(old) is not None}

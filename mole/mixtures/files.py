@@ -1,7 +1,9 @@
 """A mixture on disk: its description, its router's weights and its experts, whole, in one folder with a card.
 
-    mixture.json             format, router config, names, tasks and origin of the experts, paths of the mixed modules
-    router.safetensors       parameters of routers that learn: `<name>` of scope model, `<site>.<name>` of scope layer
+    mixture.json             format, router config, names, tasks and origin of the experts, paths of the mixed modules,
+                             how the mixture computes where that is not the default
+    router.safetensors       parameters of routers that learn: `<name>` of scope model, `<site>.<name>` of scope layer;
+                             of whole modules trained with them: `modules_to_save.<path>.<name>`
     expert-000.json          PEFT's adapter config of the first expert
     expert-000.safetensors   its weights, in the dtype that the mixture computes with
     expert.json, README.md   the card (kind mixture), with the digests of the others; and the same for people
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from mole.backbones import Backbone
 from mole.experts.card import Card, bytes_facts, check_backbone, new_card
 from mole.experts.folder import check_entries, has_card, read_card, verified_files, write_card
 from mole.mixtures.model import MultiExpertModel
+from mole.mixtures.wrapping import MixtureOptions
 from mole.registry import ROUTERS, config_dataclass
 from mole.run_folder import write_folder_atomically
 from mole.untrusted import Damaged, safetensors_tensors, strict_json
@@ -52,6 +56,7 @@ class Description:
     router: dict[str, Any]
     experts: tuple[Origin, ...]
     sites: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def save_mixture(
@@ -74,11 +79,13 @@ def save_mixture(
         for name, tasks in zip(model.expert_names, model.shape.expert_tasks, strict=True)
     )
     router = TypeAdapter(type(model.router_config)).dump_python(model.router_config, mode="json")
-    described = Description(format=FORMAT, router=router, experts=experts, sites=model.sites)
+    described = Description(
+        format=FORMAT, router=router, experts=experts, sites=model.sites, options=model.options.as_saved()
+    )
     files = {
         MIXTURE: TypeAdapter(Description).dump_json(described, indent=1) + b"\n",
     }
-    if state := _router_state(model):
+    if state := _trained_state(model):
         files[ROUTER] = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
     for index, adapter in enumerate(model.adapters().values()):
         files |= _expert_files(index, adapter, backbone.name)
@@ -124,8 +131,8 @@ def load_mixture(
         experts,
         _router_config(description.router, folder),
         tasks={origin.name: origin.tasks for origin in description.experts},
-        kernel=kernel,
         train="none",
+        **_options(description.options, folder) | {"kernel": kernel},
     )
     if model.sites != description.sites:
         model.unload()
@@ -186,16 +193,27 @@ def _first(error: ValidationError) -> str:
     return f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}"
 
 
-def _router_state(model: MultiExpertModel) -> dict[str, torch.Tensor]:
-    return {
+def _options(node: dict[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        return vars(TypeAdapter(MixtureOptions).validate_python(node)) if node else {}
+    except ValidationError as error:
+        raise Damaged(f"{folder / MIXTURE}: options: {_first(error)}") from None
+
+
+def _trained_state(model: MultiExpertModel) -> dict[str, torch.Tensor]:
+    """What was trained beside the experts."""
+    state = {
         f"{site}.{name}" if site else name: parameter
         for site, router in model.routers().items()
         for name, parameter in router.named_parameters()
     }
+    for path, module in model.trained_modules().items():
+        state |= {f"modules_to_save.{path}.{name}": parameter for name, parameter in module.named_parameters()}
+    return state
 
 
 def _load_router(model: MultiExpertModel, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-    state = _router_state(model)
+    state = _trained_state(model)
     wanted = {name: tuple(parameter.shape) for name, parameter in state.items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != given:

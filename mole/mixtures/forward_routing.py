@@ -29,12 +29,9 @@ def route(model: Any, frame: Frame, inputs: dict[str, Any]) -> TwoStreamCache | 
         if router is not None:
             frame.routings = placed(model, router(None, frame), batch_rows(inputs))
         return None
-    pair = model.streams.pair(
-        inputs.get("past_key_values"),
-        use_cache=inputs.get("use_cache", False),
-        config=model.config,
-        fingerprint=router.fingerprint(),
-    )
+    cache, use_cache, pair = inputs.get("past_key_values"), inputs.get("use_cache", False), None
+    if cache is not None or use_cache:
+        pair = model.streams.pair(cache, use_cache=use_cache, config=model.config, fingerprint=router.fingerprint())
     if encoder_decoder.is_one(model.backbone):
         frame.routings = encoder_decoder.route(model, router, frame, inputs, pair)
     else:
@@ -47,11 +44,15 @@ def route(model: Any, frame: Frame, inputs: dict[str, Any]) -> TwoStreamCache | 
 
 def _routing_pass(model: Any, router: Router, inputs: dict[str, Any], pair: TwoStreamCache | None) -> Tensor:
     constant = constant_frame(model, router)
+    outer = model.context.current
+    generating = outer is not None and outer.generating
 
     def run(inputs: dict[str, Any]) -> Tensor:
         scaling = pair.scaling if pair else None
+        # `generate` is in eval mode as a whole: nothing to look for
+        dropout = model.options.scaling_pass_dropout or generating
         with model.context.push(constant):
-            return last_hidden_state(model.backbone, inputs, scaling, dropout=model.options.scaling_pass_dropout)
+            return last_hidden_state(model.backbone, inputs, scaling, names=model.pass_inputs, dropout=dropout)
 
     if model.hidden_store is None or not model.training or pair is not None:
         return run(inputs)

@@ -22,7 +22,7 @@ from mole.mixtures.encoder_decoder import RoutedEncoder, check_widths, is_one
 from mole.mixtures.forward_routing import route
 from mole.mixtures.generation import Generation
 from mole.mixtures.hidden_store import HiddenStore
-from mole.mixtures.routing_pass import Streams, can_cache
+from mole.mixtures.routing_pass import Streams, can_cache, pass_inputs
 from mole.mixtures.speculation import SpeculationReport
 from mole.mixtures.wrapping import MixtureOptions, expert_now, wrap
 from mole.registry import ROUTERS, unknown
@@ -107,7 +107,7 @@ class MultiExpertModel(nn.Module, Generation):
         self.router_config = router_config
         self.streams = Streams()
         self.takes = set(signature(backbone.forward).parameters)
-        self._can_cache = can_cache(backbone)
+        self._can_cache, self.pass_inputs = can_cache(backbone), pass_inputs(backbone)
         try:
             self._build_router()
             self.set_trainable(train)
@@ -169,6 +169,11 @@ class MultiExpertModel(nn.Module, Generation):
             found[name] = expert_now(self._outlines[name], index, self.layers)
         return found
 
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """Path → the new copy of a whole module that is trained with the router (modules_to_save=train)."""
+        trains = self.options.modules_to_save == "train"
+        return {path: standing.module for path, standing in self.stand_ins.items()} if trains else {}
+
     def set_trainable(self, train: str) -> None:
         """router, experts, both or none: exactly these parameters get a gradient; the backbone never does."""
         if train not in TRAINS:
@@ -176,9 +181,8 @@ class MultiExpertModel(nn.Module, Generation):
         self.backbone.requires_grad_(False)
         for layer in self.layers.values():
             layer.bank.requires_grad_(train in ("experts", "both"))
-        if self.options.modules_to_save == "train":
-            for standing in self.stand_ins.values():
-                standing.module.requires_grad_(train != "none")
+        for module in self.trained_modules().values():
+            module.requires_grad_(train != "none")
         for router in self.routers().values():
             router.requires_grad_(train in ("router", "both"))
 

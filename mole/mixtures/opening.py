@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from mole.backbones import Backbone
 from mole.experts import Expert, ExpertLibrary, check_backbone, load_expert
@@ -52,11 +53,14 @@ def mixture_of(
     backbone: Backbone,
     router_config: object,
     *,
-    kernel: str = "auto",
     train: str = "router",
     allow_other_backbone: bool = False,
+    **options: Any,
 ) -> MultiExpertModel:
-    """A new mixture of experts, each checked against the backbone. Raises ValueError, naming the expert."""
+    """A new mixture of experts, each checked against the backbone; `options` are those of `MixtureOptions`.
+
+    Raises ValueError, naming the expert.
+    """
     for name, expert in experts.items():
         try:
             check_backbone(expert.card, backbone.name, backbone.shapes, allow_other_backbone=allow_other_backbone)
@@ -67,8 +71,8 @@ def mixture_of(
         {name: expert.adapter for name, expert in experts.items()},
         router_config,
         tasks={name: expert.card.tasks for name, expert in experts.items()},
-        kernel=kernel,
         train=train,
+        **options,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -25,20 +26,34 @@ from mole.routing import Frame, Routing
 _DROPPED = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict", "past_key_values", "use_cache")
 
 
+@dataclass(frozen=True)
+class PassInputs:
+    """Of the inputs of a forward, those that the routing pass does not get, and whether it takes a cache."""
+
+    dropped: frozenset[str]
+    takes_cache: bool
+
+
+def pass_inputs(backbone: PreTrainedModel) -> PassInputs:
+    """Found once for a model: reading signatures takes as long as some layers do."""
+    inner, dropped = backbone.base_model, frozenset(_DROPPED)
+    takes = signature(inner.forward).parameters.keys()
+    if inner is not backbone:
+        dropped |= signature(backbone.forward).parameters.keys() - takes
+    return PassInputs(dropped, "use_cache" in takes)
+
+
 @torch.no_grad()
 def last_hidden_state(
-    backbone: PreTrainedModel, inputs: dict[str, Any], cache: Cache | None, *, dropout: bool = False
+    backbone: PreTrainedModel, inputs: dict[str, Any], cache: Cache | None, *, names: PassInputs, dropout: bool = False
 ) -> Tensor:
     """[B, T, H] after the final norm: transformers' `hidden_states[-1]` of the same inputs. Fills `cache`.
 
     `dropout` leaves the backbone's dropout as it is; otherwise it is off.
     """
     inner = backbone.base_model
-    takes = signature(inner.forward).parameters
-    heads_own = signature(backbone.forward).parameters.keys() - takes.keys()
-    dropped = {*_DROPPED, *heads_own} if inner is not backbone else set(_DROPPED)
-    kept = {name: v for name, v in inputs.items() if name not in dropped and not name.startswith("output_")}
-    if cache is not None or "use_cache" in takes:
+    kept = {name: v for name, v in inputs.items() if name not in names.dropped and not name.startswith("output_")}
+    if cache is not None or names.takes_cache:
         kept |= {"past_key_values": cache, "use_cache": cache is not None}
     with dropout_off(backbone, unless=dropout):
         output = inner(**kept)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,11 @@ class MixtureOptions:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(unknown(name, getattr(self, name), list(values)))
+
+    def as_saved(self) -> dict[str, Any]:
+        """What is not the default, but for the kernel, which changes no result."""
+        rows = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
+        return {name: value for name, value in rows.items() if name != "kernel"}
 
 
 @dataclass(frozen=True)
