@@ -49,6 +49,14 @@ class RouterRow:
 
 
 @config_dataclass
+class ModulesRow:
+    """The file of the modules that were trained with the router (modules_to_save=train)."""
+
+    file: str
+    sha256: str
+
+
+@config_dataclass
 class PeftLayout:
     """Whether the folder has PEFT's layout too; if not, why."""
 
@@ -68,6 +76,7 @@ class CheckpointCard:
     layers: tuple[str, ...]
     router: RouterRow
     peft_layout: PeftLayout
+    modules: ModulesRow | None = None
 
     def to_bytes(self) -> bytes:
         """The card's file. Raises ValueError if it is larger than a reader takes."""

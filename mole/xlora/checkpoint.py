@@ -9,17 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mole.adapters import peft_format
 from mole.experts.card import bytes_facts
-from mole.untrusted import MAX_JSON_BYTES, MAX_WEIGHTS_BYTES, Damaged, read_file, strict_json
+from mole.untrusted import (
+    FLOATS,
+    MAX_JSON_BYTES,
+    MAX_WEIGHTS_BYTES,
+    Damaged,
+    read_file,
+    safetensors_tensors,
+    strict_json,
+)
 from mole.xlora import router_files
-from mole.xlora.card import CARD, BaseFacts, ExpertRow, parse_card
+from mole.xlora.card import CARD, BaseFacts, CheckpointCard, ExpertRow, parse_card
 from mole.xlora.config import xLoRAConfig
 from mole.xlora.expert_search import read_experts, wanted_experts
 from mole.xlora.places import ReadExpert, pickles_in, refuse_pickle
 from mole.xlora.router_files import Layers, original_step
-from mole.xlora.saving import CONFIG, ROUTER, folder_names
+from mole.xlora.saving import CONFIG, MODULES, ROUTER, folder_names
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class Checkpoint:
     router_file: str
     sites: tuple[str, ...] | None = None
     base: BaseFacts | None = None
+    modules: dict[str, Tensor] = field(default_factory=dict)  # trained with the router
 
 
 def read_checkpoint(folder: Path, request: Request) -> Checkpoint:
@@ -91,7 +101,19 @@ def _read_own(folder: Path, request: Request) -> Checkpoint:
             )
         experts[name] = expert
     config.adapters = {name: expert.source for name, expert in experts.items()}
-    return Checkpoint(config, experts, layers, str(folder / ROUTER), card.layers, card.base)
+    modules = _trained(folder, card)
+    return Checkpoint(config, experts, layers, str(folder / ROUTER), card.layers, card.base, modules)
+
+
+def _trained(folder: Path, card: CheckpointCard) -> dict[str, Tensor]:
+    if card.modules is None:
+        return {}
+    if card.modules.file != MODULES:
+        raise Damaged(f"{folder / CARD}: modules.file: expected {MODULES}, got {card.modules.file!a}")
+    data = _router_bytes(folder / MODULES)
+    if bytes_facts(data)["sha256"] != card.modules.sha256:
+        raise Damaged(f"{folder / MODULES}: expected the file that {CARD} names by its sha256, got another")
+    return safetensors_tensors(data, str(folder / MODULES), dtypes={**FLOATS, "F64": 8})
 
 
 def _card_place(folder: Path, row: ExpertRow) -> str:
@@ -202,7 +224,7 @@ def _router_bytes(path: Path) -> bytes:
     except FileNotFoundError:
         for pickle in pickles_in(path.parent, [path.stem]):
             raise refuse_pickle(pickle) from None
-        raise ValueError(f"{path}: expected the router's weights, the file is not there") from None
+        raise ValueError(f"{path}: expected weights, the file is not there") from None
 
 
 def _equal(one: Layers, other: Layers) -> bool:

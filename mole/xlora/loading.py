@@ -16,6 +16,7 @@ from mole.xlora.config import is_device
 from mole.xlora.model import XLoraModel
 from mole.xlora.places import checkpoint_folder
 from mole.xlora.router_files import check_shapes, put_layers
+from mole.xlora.saving import MODULES, trained_modules
 
 _FORMS = (
     "from_pretrained(folder, model, device=None, adapters=None, classifier_path=None, config_path=None, verbose=False, "
@@ -72,10 +73,27 @@ def _build(model: PreTrainedModel, checkpoint: Checkpoint, device: Any) -> XLora
         outputs = len(built.experts) * (len(built.sites) if config.layerwise_scalings else 1)
         check_shapes(checkpoint.layers, config, built.shape.hidden_size, outputs, checkpoint.router_file)
         put_layers(built.router, checkpoint.layers)
+        _put_modules(built, checkpoint)
     except ValueError:
         built.unload()
         raise
     return built
+
+
+def _put_modules(model: XLoraModel, checkpoint: Checkpoint) -> None:
+    """Fills the modules that were trained with the router."""
+    here = trained_modules(model)
+    wanted = {name: tuple(tensor.shape) for name, tensor in here.items()}
+    got = {name: tuple(tensor.shape) for name, tensor in checkpoint.modules.items()}
+    if wanted != got:
+        odd = min(set(wanted.items()) ^ set(got.items()))[0]
+        raise ValueError(
+            f"{MODULES}: {odd}: expected shape {wanted.get(odd, 'none')}, got {got.get(odd, 'none')}; use the base "
+            "model that it was trained on, or another modules_to_save with config_overrides"
+        )
+    with torch.no_grad():
+        for name, tensor in checkpoint.modules.items():
+            here[name].copy_(tensor)
 
 
 def _check_sites(sites: tuple[str, ...], checkpoint: Checkpoint) -> None:

@@ -3,6 +3,7 @@
 mole_xlora.json                                  the card: what mole trusts
 xlora_config.json, xlora_classifier.safetensors  the original's files, with its keys
 adapter_config.json, adapter_model.safetensors   PEFT's X-LoRA, where it can hold the model
+modules_to_save.safetensors                      modules trained with the router (modules_to_save=train)
 <expert>/                                        a plain PEFT folder for each expert
 """
 
@@ -17,6 +18,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import save
+from torch import Tensor
+
 from mole.adapters import Adapter, peft_format
 from mole.experts.card import bytes_facts
 from mole.run_folder import write_atomically
@@ -28,6 +32,7 @@ from mole.xlora.card import (
     VERSION,
     CheckpointCard,
     ExpertRow,
+    ModulesRow,
     PeftLayout,
     RouterRow,
     base_facts,
@@ -40,7 +45,7 @@ if TYPE_CHECKING:
     from mole.xlora.model import XLoraModel
 
 LAYOUTS = ("xlora", "peft")
-CONFIG, ROUTER = "xlora_config.json", "xlora_classifier.safetensors"
+CONFIG, ROUTER, MODULES = "xlora_config.json", "xlora_classifier.safetensors", "modules_to_save.safetensors"
 # The original fails on any key that is not one of these.
 ORIGINAL_FIELDS = (
     "hidden_size",
@@ -61,7 +66,7 @@ ORIGINAL_FIELDS = (
     "global_scaling_weight",
 )
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,94}", re.ASCII)
-_RESERVED = {CARD, CONFIG, ROUTER, peft_format.CONFIG, peft_format.WEIGHTS, README, "adapters"}
+_RESERVED = {CARD, CONFIG, ROUTER, MODULES, peft_format.CONFIG, peft_format.WEIGHTS, README, "adapters"}
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names that Windows keeps for itself
 
 
@@ -78,6 +83,8 @@ def save_checkpoint(model: XLoraModel, folder: Path, *, layouts: Iterable[str], 
     rows, files = _experts(model, folder, experts)
     layers = router_files.layers_of(model.router)
     files |= {ROUTER: router_files.dump_original(layers, model.xlora_config), CONFIG: _original_config(model)}
+    if trained := trained_modules(model):
+        files[MODULES] = save({name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()})
     reason = "not asked for" if "peft" not in layouts else peft_layout.obstacle(model, experts)
     if reason is None:
         files |= peft_layout.files(model, folder, rows, layers)
@@ -92,6 +99,7 @@ def save_checkpoint(model: XLoraModel, folder: Path, *, layouts: Iterable[str], 
         layers=model.sites,
         router=_router_row(layers, files[ROUTER], model),
         peft_layout=PeftLayout(written=reason is None, reason=reason),
+        modules=ModulesRow(file=MODULES, sha256=bytes_facts(files[MODULES])["sha256"]) if trained else None,
     )
     if not (folder / README).is_file() or MARK in (folder / README).read_text(encoding="utf-8", errors="replace"):
         files[README] = readme(card, folder).encode()
@@ -108,6 +116,17 @@ def folder_names(names: Iterable[str]) -> list[str]:
         free = name not in _RESERVED and not _DEVICES.fullmatch(name) and not name.lower().startswith("expert-")
         found.append(name if safe and free and lower.count(name.lower()) == 1 else f"expert-{index}")
     return found
+
+
+def trained_modules(model: XLoraModel) -> dict[str, Tensor]:
+    """The tensors of the modules that are trained with the router, `<path>.<name>` → tensor, live."""
+    if model.xlora_config.modules_to_save != "train":
+        return {}
+    return {
+        f"{path}.{name}": tensor
+        for path, standing in model.stand_ins.items()
+        for name, tensor in standing.module.state_dict().items()
+    }
 
 
 def _experts(model: XLoraModel, folder: Path, how: str) -> tuple[tuple[ExpertRow, ...], dict[str, bytes]]:
@@ -165,7 +184,7 @@ def _router_row(layers: router_files.Layers, data: bytes, model: XLoraModel) -> 
 
 def _stale(folder: Path) -> list[str]:
     """Files of an earlier checkpoint in `folder`, which a new one must not leave beside its own."""
-    found = [CONFIG, ROUTER]
+    found = [CONFIG, ROUTER, MODULES]
     if not (folder / CARD).is_file():
         return found
     try:

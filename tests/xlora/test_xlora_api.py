@@ -128,6 +128,20 @@ def test_scaling_pass_topk_off_gives_every_expert_its_value(folders):
     assert not torch.allclose(logits(historic), logits(even))
 
 
+def test_gates_may_be_reused_while_decoding_and_then_again_not(model):
+    passes = []
+    model.backbone.model.register_forward_hook(lambda *_: passes.append(1))
+    options = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None}
+    exact = model.generate(ids(), **options)
+    counts = [len(passes)]
+    model.xlora_config.gate_refresh = 3
+    model.generate(ids(), **options)
+    counts.append(len(passes) - sum(counts))
+    model.xlora_config.gate_refresh = 1
+    assert torch.equal(model.generate(ids(), **options), exact)
+    assert counts == [14, 7 + 1 + 2]  # of the six decode steps, pass 1 runs in two
+
+
 # ---- forward and generate
 def test_inputs_by_place_and_by_name_are_the_same(model):
     mask = torch.ones(2, 9, dtype=torch.long)
