@@ -53,7 +53,8 @@ class Frame:
     `logits_to_keep` the positions that the output head sees: as many from the end (0: all), or an index; None: all.
     """
 
-    inputs: RoutingInputs = field(default_factory=RoutingInputs)
+    # torch.compile follows functions, not classes
+    inputs: RoutingInputs = field(default_factory=lambda: RoutingInputs())
     experts_enabled: bool = True
     fixed: Routing | None = None
     router: Any = None
@@ -73,32 +74,33 @@ class Frame:
         return value
 
 
+class _Stack(threading.local):
+    """The frames of one thread; made with its first look at them, so that no code asks whether they are there."""
+
+    def __init__(self):
+        self.frames: list[Frame] = []
+
+
 class RoutingContext:
     """The stack of frames of one model. Copies and pickles as a context with an empty stack."""
 
     def __init__(self):
-        self._local = threading.local()
-
-    @property
-    def _stack(self) -> list[Frame]:
-        if not hasattr(self._local, "frames"):
-            self._local.frames = []
-        return self._local.frames
+        self._stack = _Stack()
 
     @property
     def current(self) -> Frame | None:
         """The innermost frame of this thread, None outside a forward."""
-        stack = self._stack
-        return stack[-1] if stack else None
+        frames = self._stack.frames
+        return frames[-1] if frames else None
 
     @contextmanager
     def push(self, frame: Frame) -> Iterator[Frame]:
         """Makes `frame` the current one for the body."""
-        self._stack.append(frame)
+        self._stack.frames.append(frame)
         try:
             yield frame
         finally:
-            self._stack.pop()
+            self._stack.frames.pop()
 
     def checkpoint_contexts(self):
         """`context_fn` of torch's non-reentrant checkpointing: the recomputation sees the frame of its forward.
