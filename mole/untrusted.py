@@ -184,8 +184,8 @@ def _row(name: str, row: Any, what: str, dtypes: Mapping[str, int]) -> TensorRow
         raise Refused(f"{where} has dtype {shown(dtype)}; known: {', '.join(dtypes)}")
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         raise Damaged(f"{where}: its shape or its place is malformed")
-    if not 1 <= len(shape) <= 4 or 0 in shape:
-        raise Refused(f"{where} has shape {shown(shape)}; wanted are one to four dimensions, none of them zero")
+    if not 1 <= len(shape) <= 5 or 0 in shape:
+        raise Refused(f"{where} has shape {shown(shape)}; wanted are one to five dimensions, none of them zero")
     if math.prod(shape) * dtypes[dtype] != offsets[1] - offsets[0]:
         raise Damaged(f"{where}: its shape does not fit its bytes")
     return TensorRow(dtype, tuple(shape), offsets[0], offsets[1])

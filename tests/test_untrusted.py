@@ -47,7 +47,7 @@ BAD = {
     "overflowing shape": packed({"a": row(shape=(2**62, 4))}, bytes(8)),
     "zero dimension": packed({"a": row(shape=(0, 2**60), offsets=(0, 0))}),
     "scalar": packed({"a": row(shape=(), offsets=(0, 4))}, bytes(4)),
-    "five dimensions": packed({"a": row(shape=(1, 1, 1, 1, 2))}, bytes(8)),
+    "six dimensions": packed({"a": row(shape=(1, 1, 1, 1, 1, 2))}, bytes(8)),
     "shape against bytes": packed({"a": row(shape=(3,))}, bytes(8)),
     "fractions": packed({"a": row(shape=(2.0,))}, bytes(8)),
     "true as size": packed({"a": row(shape=(True, 2))}, bytes(8)),

@@ -132,7 +132,8 @@ def load_mixture(
         _router_config(description.router, folder),
         tasks={origin.name: origin.tasks for origin in description.experts},
         train="none",
-        **_options(description.options, folder) | {"kernel": kernel},
+        kernel=kernel,
+        **_options(description.options, folder),
     )
     if model.sites != description.sites:
         model.unload()
@@ -194,15 +195,19 @@ def _first(error: ValidationError) -> str:
 
 
 def _options(node: dict[str, Any], folder: Path) -> dict[str, Any]:
+    odd = sorted(node.keys() - vars(MixtureOptions()).keys())
+    if odd:
+        raise Damaged(f"{folder / MIXTURE}: options: {odd[0]!a} is not known here")
     try:
-        return vars(TypeAdapter(MixtureOptions).validate_python(node)) if node else {}
+        checked = TypeAdapter(MixtureOptions).validate_python(node)
     except ValidationError as error:
         raise Damaged(f"{folder / MIXTURE}: options: {_first(error)}") from None
+    return checked.as_saved()
 
 
 def _trained_state(model: MultiExpertModel) -> dict[str, torch.Tensor]:
     """What was trained beside the experts."""
-    state = {
+    state: dict[str, torch.Tensor] = {
         f"{site}.{name}" if site else name: parameter
         for site, router in model.routers().items()
         for name, parameter in router.named_parameters()

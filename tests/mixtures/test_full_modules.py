@@ -1,6 +1,7 @@
 """Whole modules that experts trained along, under every policy; and mixtures of all kinds on disk."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from family_cases import backbone, case, inputs, with_peft
 from mole.adapters import peft_format
 from mole.backbones import Backbone
 from mole.mixtures import MultiExpertModel, load_mixture, save_mixture
+from mole.mixtures.files import _options
 from mole.mixtures.full_modules import StandIn
 from mole.routers import XLoraConfig
+from mole.untrusted import Damaged
 
 NAME = "llama classifies"
 XLORA = XLoraConfig(layerwise=True, temperature=0.3)
@@ -173,6 +176,12 @@ def test_a_saved_mixture_keeps_its_policy_and_its_heads(trained, tmp_path, polic
     loaded = load_mixture(tmp_path / "mixture", as_backbone(backbone(NAME), "llama"))
     assert loaded.options.modules_to_save == policy
     assert torch.equal(pooled(loaded), want)
+
+
+@pytest.mark.parametrize("options", [{"pooled": "first"}, {"pooled_gate": "none"}, {"gate_lora_bias": []}], ids=str)
+def test_options_on_disk_that_are_none_are_damaged(options):
+    with pytest.raises(Damaged, match=r"mixture\.json: options: .*(pooled|gate_lora_bias)"):
+        _options(options, Path("folder"))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "t5"])
