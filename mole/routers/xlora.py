@@ -120,6 +120,7 @@ class XLoraRouter(Router):
                 layer.p = config.dropout
         self._numbers.copy_(torch.tensor([config.temperature, config.global_scaling_weight], dtype=torch.float64))
         value, chosen = config.scaling_pass_value, self.shape.num_experts
+        self._experts_in_pass_1 = value != 0
         if config.top_k is not None and config.scaling_pass_top_k:
             chosen = config.top_k
             value = 1.0 / chosen if config.top_k_softmax else value
@@ -187,4 +188,4 @@ class XLoraRouter(Router):
 
         With top_k and `scaling_pass_top_k` only the first k experts get it, or 1/k each under `top_k_softmax`.
         """
-        return None if self.config.scaling_pass_value == 0 else Routing(self._constant)
+        return Routing(self._constant) if self._experts_in_pass_1 else None

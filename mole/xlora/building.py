@@ -39,7 +39,7 @@ def add_xlora_to_model(
                 f"add_xlora_to_model: {type(value).__name__} by place; it is either (model, xlora_config, adapters: "
                 "dict, verbose: bool) or (model, xlora_config, verbose: bool)"
             )
-    config = copy.deepcopy(xLoRAConfig.of(xlora_config))
+    config = copy.copy(xLoRAConfig.of(xlora_config))
     config.check(hidden=model.config.get_text_config().hidden_size)
     places = _adapters(config, adapters)
     if subfolders is not None:

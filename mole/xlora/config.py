@@ -68,20 +68,22 @@ class xLoRAConfig:
             raise ValueError("; ".join(_unknown(name, names) for name in unknown))
         if given.get("base_model_id") is None and given.get("base_model_name_or_path") is not None:
             given["base_model_id"] = given["base_model_name_or_path"]
-        object.__setattr__(self, "changes", 0)
         for one in dataclasses.fields(self):
             setattr(self, one.name, given.get(one.name, one.default))
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "changed":
+            object.__setattr__(self, name, value)
+            return
         if name not in _NAMES:
             raise AttributeError(_unknown(name, list(_NAMES)))
         if name in _FLOATS and type(value) is int:
             value = float(value)
         object.__setattr__(self, name, _plain(value))
-        object.__setattr__(self, "changes", self.changes + 1)
+        object.__setattr__(self, "changed", True)
 
-    changes = 0  # goes up whenever a field is assigned
+    changed = True  # since the model that it belongs to has last followed it
 
     def check(self, **facts: int) -> None:
         """Raises ValueError with a line for each field that is not valid; `experts` and `hidden` are known at build."""

@@ -16,7 +16,7 @@ from mole.xlora.config import is_device
 from mole.xlora.model import XLoraModel
 from mole.xlora.places import checkpoint_folder
 from mole.xlora.router_files import check_shapes, put_layers
-from mole.xlora.saving import MODULES, trained_modules
+from mole.xlora.saving import MODULES, trained_tensors
 
 _FORMS = (
     "from_pretrained(folder, model, device=None, adapters=None, classifier_path=None, config_path=None, verbose=False, "
@@ -82,7 +82,7 @@ def _build(model: PreTrainedModel, checkpoint: Checkpoint, device: Any) -> XLora
 
 def _put_modules(model: XLoraModel, checkpoint: Checkpoint) -> None:
     """Fills the modules that were trained with the router."""
-    here = trained_modules(model)
+    here = trained_tensors(model)
     wanted = {name: tuple(tensor.shape) for name, tensor in here.items()}
     got = {name: tuple(tensor.shape) for name, tensor in checkpoint.modules.items()}
     if wanted != got:

@@ -7,6 +7,7 @@ arXiv 2402.07148.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -41,6 +42,7 @@ class XLoraModel(MultiExpertModel):
 
     def __init__(self, backbone: PreTrainedModel, config: xLoRAConfig, experts: Mapping[str, Adapter | ReadExpert]):
         hidden = backbone.config.get_text_config().hidden_size
+        config = copy.deepcopy(config)
         config.check(experts=len(experts), hidden=hidden)
         if config.scaling_pass_value is None:
             config.scaling_pass_value = 1.0 / len(experts)
@@ -60,7 +62,7 @@ class XLoraModel(MultiExpertModel):
         self._trains_experts = config.use_trainable_adapters
         self._mark_trained()
         self._built = {name: getattr(config, name) for name in BUILT_IN}
-        self._synced = config.changes
+        config.changed = False
         self._positions = tuple(signature(backbone.forward).parameters)
         if config.device is not None:
             self.router.to(config.device)
@@ -70,7 +72,7 @@ class XLoraModel(MultiExpertModel):
     def _sync(self) -> None:
         """Lets assigned fields act. Raises ValueError for invalid ones, and for what the model was built with."""
         config = self.xlora_config
-        if config.changes == self._synced:
+        if not config.changed:
             return
         config.check(experts=self.shape.num_experts, hidden=self.shape.hidden_size)
         for name, built in self._built.items():
@@ -88,7 +90,7 @@ class XLoraModel(MultiExpertModel):
                 layer.bank.requires_grad_(config.use_trainable_adapters)
             self._trains_experts = config.use_trainable_adapters
             self._mark_trained()
-        self._synced = config.changes
+        config.changed = False
 
     def _mark_trained(self) -> None:
         """Experts that are or were trainable are no longer what their files say."""

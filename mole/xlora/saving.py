@@ -83,7 +83,7 @@ def save_checkpoint(model: XLoraModel, folder: Path, *, layouts: Iterable[str], 
     rows, files = _experts(model, folder, experts)
     layers = router_files.layers_of(model.router)
     files |= {ROUTER: router_files.dump_original(layers, model.xlora_config), CONFIG: _original_config(model)}
-    if trained := trained_modules(model):
+    if trained := trained_tensors(model):
         files[MODULES] = save({name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()})
     reason = "not asked for" if "peft" not in layouts else peft_layout.obstacle(model, experts)
     if reason is None:
@@ -118,14 +118,12 @@ def folder_names(names: Iterable[str]) -> list[str]:
     return found
 
 
-def trained_modules(model: XLoraModel) -> dict[str, Tensor]:
+def trained_tensors(model: XLoraModel) -> dict[str, Tensor]:
     """The tensors of the modules that are trained with the router, `<path>.<name>` → tensor, live."""
-    if model.xlora_config.modules_to_save != "train":
-        return {}
     return {
         f"{path}.{name}": tensor
-        for path, standing in model.stand_ins.items()
-        for name, tensor in standing.module.state_dict().items()
+        for path, module in model.trained_modules().items()
+        for name, tensor in module.state_dict().items()
     }
 
 

@@ -359,3 +359,21 @@ def test_gates_depend_on_no_later_token_and_on_no_other_row(folders):
     whole = logits(model)
     torch.testing.assert_close(logits(model, ids()[:, :4]), whole[:, :4], rtol=0, atol=1e-10)
     torch.testing.assert_close(logits(model, ids()[1:]), whole[1:], rtol=0, atol=1e-10)
+
+
+# ---- compiled
+def test_a_compiled_model_is_one_graph_and_follows_its_setters_without_compiling_again(folders):
+    fields = {"layerwise_scalings": True, "top_k_lora": 2, "scaling_pass_value": 0.1}
+    model, plain = build(folders, **fields), build(folders, **fields)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    changes = {"set_global_scaling_weight": 0.5, "set_scaling_pass_value": 0.3}
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(compiled(input_ids=ids(), use_cache=False).logits, logits(plain, use_cache=False))
+        for setter, value in changes.items():
+            getattr(model, setter)(value)
+            getattr(plain, setter)(value)
+            assert torch.equal(compiled(input_ids=ids(), use_cache=False).logits, logits(plain, use_cache=False))
+        model.xlora_config.softmax_temperature = plain.xlora_config.softmax_temperature = 0.5
+        model._sync()  # assigned fields are taken over outside the graph
+        assert torch.equal(compiled(input_ids=ids(), use_cache=False).logits, logits(plain, use_cache=False))
