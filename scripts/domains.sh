@@ -4,7 +4,7 @@
 # Usage: scripts/domains.sh <data folder> [output folder]
 #   <data folder> has models/stories260K/hf and corpora/{tinystories_sample,tinyshakespeare,tinymoliere,nottingham_abc}.txt
 #   and corpora/wikitext-2/{valid,test}.txt
-# EXPERT_STEPS and ROUTER_STEPS (default 120 and 2600) change how long it trains.
+# EXPERT_STEPS and ROUTER_STEPS (default 120 and 2600) change how long it trains, PROCESSES (2) on how many processes.
 set -euo pipefail
 data="${1:?usage: scripts/domains.sh <data folder> [output folder]}"
 data="$(cd "$data" && pwd)"
@@ -36,7 +36,7 @@ for domain in "${domains[@]}"; do
   "$mole" train-expert "${backbone[@]}" dataset=text "dataset.path=$data/corpora/${corpus[$domain]}" \
     "dataset.task=$domain" dataset.window=256 "${held_out[@]/#/dataset.}" adapter=lora adapter.rank=16 adapter.alpha=32 \
     training.max_steps="${EXPERT_STEPS:-120}" training.epochs=null training.batch_size=8 training.learning_rate=3e-3 \
-    training.evaluate_every=60 training.checkpoint_every=60 \
+    training.evaluate_every=60 training.checkpoint_every=60 launcher.num_processes="${PROCESSES:-2}" \
     name="$domain" library=local "library.url=$out/library" "run.folder=$out/$domain" run.resume=auto
 done
 
@@ -45,7 +45,7 @@ mapfile -t words < <(mixed 128 3000)
 "$mole" xlora-train "${backbone[@]}" library=local "library.url=$out/library" "${words[@]}" \
   router.depth=3 router.size=512 router.dropout=0.0 keep_hidden_states=float32 \
   training.max_steps="${ROUTER_STEPS:-2600}" training.epochs=null training.batch_size=16 training.learning_rate=3e-3 \
-  training.evaluate_every=650 training.checkpoint_every=650 name=domains "run.folder=$out/mixture" run.resume=auto
+  training.evaluate_every=650 training.checkpoint_every=650 launcher.num_processes="${PROCESSES:-2}" name=domains "run.folder=$out/mixture" run.resume=auto
 
 mapfile -t words < <(mixed 256 1)
 rm -rf "$out/evaluation" "$out/again" "$out/library-alone" "$out/text"

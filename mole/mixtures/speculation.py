@@ -41,6 +41,12 @@ class SpeculationReport:
     accepted: int = 0
     reads: int = 0
 
+    def count(self, right: Tensor, drafted: Tensor) -> None:
+        """One more step: which sequences (bool [B]) had a draft, and whose was right."""
+        self.tokens += 1
+        self.drafts += int(drafted.sum())
+        self.accepted += int(right.sum())
+
     @property
     def acceptance(self) -> float:
         """Share of drafts that were right."""
@@ -139,23 +145,21 @@ def speculate(
         )
     pad, sample = generation_config._pad_token_tensor, generation_config.do_sample
     has_end = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
+    keeps = generation_config.return_dict_in_generate and generation_config.output_scores
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     first = model._prefill(input_ids, generation_config, model_kwargs)  # type: ignore[attr-defined]
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
     scores, kept = first.logits[:, -1].float(), ()
     state: _Decoding | None = None
     drafts: _Drafts | None = None
     guess: tuple[Tensor, Tensor | None] | None = None
     while True:
         processed = logits_processor(input_ids, scores)
-        kept += (processed,)
+        kept += (processed,) if keeps else ()
         token, right = _choose(processed, guess, sample)
         if has_end:
             token, right = torch.where(unfinished, token, pad), right | ~unfinished  # their guess was the padding
         if state is not None:
-            state.report.drafts += int(unfinished.sum())
-            state.report.accepted += int((right & unfinished).sum())
+            state.report.count(right & unfinished, unfinished)
         input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
         if streamer is not None:
             streamer.put(token.cpu())
@@ -169,19 +173,15 @@ def speculate(
         draft, odds = _guess(logits_processor(input_ids, drafts.scores), sample)
         guess = (torch.where(unfinished, draft, pad) if has_end else draft, odds)
         scores, ahead = state.both_passes(token, guess[0], drafts.routings)
-        state.report.tokens += 1
         _tell(model, drafts.routings, token)
         drafts = ahead
-    model.speculation = SpeculationReport() if state is None else state.report
     if streamer is not None:
         streamer.end()
+    model.speculation = SpeculationReport() if state is None else state.report
     if not generation_config.return_dict_in_generate:
         return input_ids
-    return GenerateDecoderOnlyOutput(
-        sequences=input_ids,  # type: ignore[arg-type]
-        scores=kept if generation_config.output_scores else None,
-        past_key_values=first.past_key_values if state is None else state.joint.pair(),
-    )
+    cache = first.past_key_values if state is None else state.joint.pair()
+    return GenerateDecoderOnlyOutput(sequences=input_ids, scores=kept or None, past_key_values=cache)  # type: ignore[arg-type]
 
 
 def _begin(

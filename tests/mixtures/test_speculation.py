@@ -91,6 +91,22 @@ def test_the_cache_that_comes_back_goes_on_exactly(prompts):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 
 
+def test_a_streamer_sees_what_it_sees_of_ordinary_decoding(prompts):
+    class Seen(list):
+        def put(self, value):
+            self.append(value.tolist())
+
+        def end(self):
+            self.append("end")
+
+    one = {key: value[1:2] for key, value in prompts.items()}
+    model, seen = mixture("xlora", torch.float64), (Seen(), Seen())
+    model.generate(**one, streamer=seen[0], **OPTIONS)
+    model.generate(**one, streamer=seen[1], self_speculation=True, **OPTIONS)
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 1 + 12 + 1
+
+
 def test_processors_act_as_in_ordinary_decoding(prompts):
     model = mixture("xlora", torch.float64)
     options = {**OPTIONS, "repetition_penalty": 1.7, "no_repeat_ngram_size": 2}
