@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from mole.kernels.precision import autocast_dtype
+from mole.kernels.precision import autocast_dtype, without_autocast
 from mole.kernels.stack import LoraStack
 
 
@@ -34,7 +34,7 @@ def fused(x: Tensor, stack: LoraStack, weights: Tensor, base_out: Tensor | None 
     dtype = autocast_dtype(x)
     if dtype is None:
         return _sum(x, stack, weights, base_out)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return _sum(x.to(dtype), stack, weights, base_out)
 
 
@@ -51,7 +51,7 @@ def _sum(x: Tensor, stack: LoraStack, weights: Tensor, base_out: Tensor | None) 
         out = _forward(start, x, A, B, weights * stack.scales, columns)[0]
     if base_out is None or start is not None:
         return out
-    return base_out + out.reshape(base_out.shape).to(base_out.dtype)
+    return (base_out + out.reshape(base_out.shape)).to(base_out.dtype)
 
 
 def _forward(
@@ -117,7 +117,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of start, x, A, B and weights."""
     kept, A, B, weights, scales, columns = ctx.saved_tensors
     for_start, for_x, for_A, for_B, for_weights = ctx.needs_input_grad[:5]
-    with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(grad):
         d = grad.reshape(*ctx.shape[:-1], B.shape[0])
         q = weights * scales
         dh = d @ B

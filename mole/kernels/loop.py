@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mole.kernels.precision import autocast_dtype
+from mole.kernels.precision import autocast_dtype, without_autocast
 from mole.kernels.stack import LoraStack
 
 
@@ -27,11 +26,11 @@ def loop(
     `dropout` gives each expert a mask of its own on x, with its own rate.
     """
     x = x.to(autocast_dtype(x) or x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         out = x.new_zeros(*x.shape[:-1], stack.B.shape[0])
         for expert, part in enumerate(stack.slices()):
             seen = F.dropout(x, dropout[expert]) if dropout is not None else x
             low = seen @ stack.A[part].to(x.dtype).T
             gated = (low * (weights[..., expert, None] * stack.scales[expert])).to(x.dtype)
             out = out + gated @ stack.B[:, part].to(x.dtype).T
-    return out if base_out is None else base_out + out.reshape(base_out.shape).to(base_out.dtype)
+    return out if base_out is None else (base_out + out.reshape(base_out.shape)).to(base_out.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,13 @@ from torch import Tensor
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would cast `x` to; None where it is off, or would leave x alone as it does float64.
 
-    A kernel that gets a dtype casts its tensors to it and runs under `torch.autocast(x.device.type, enabled=False)`.
+    A kernel casts its tensors to that dtype itself, and then runs without autocast.
     """
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Autocast off for the body, on the device of `x`."""
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)

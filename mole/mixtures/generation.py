@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +37,8 @@ class Generation(GenerationMixin):
         model: Any = self
         if self_speculation:
             require_routing_pass(model)
-            kwargs["custom_generate"] = speculate
+            # transformers hands a streamer to its own decoding methods only.
+            kwargs["custom_generate"] = partial(speculate, streamer=kwargs.get("streamer"))
         inputs = RoutingInputs(task_names=None if task_names is None else tuple(task_names), prompt_mask=prompt_mask)
         frame = replace(outer, inputs=inputs.over(outer.inputs), generating=True)
         training = [module for module in model.modules() if module.training]
