@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import peft
 import pytest
@@ -370,6 +371,19 @@ def test_trained_experts_of_all_kinds_learn_and_are_given_back(name, tmp_path):
     with torch.no_grad():
         want = one.model(**one.inputs).logits
         torch.testing.assert_close(again(**one.inputs).logits, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["plain", "magnitude"])
+@pytest.mark.parametrize(
+    ("train", "how", "drops"), [("experts", "auto", True), ("experts", "off", False), ("router", "auto", False)]
+)
+def test_only_experts_that_train_drop_and_at_the_rate_of_their_own(kind, train, how, drops, ids):
+    made = experts(backbone("llama"), "q_proj", magnitude=kind == "magnitude")
+    made = {name: replace(adapter, dropout=0.5) for name, adapter in made.items()}
+    model = MultiExpertModel(backbone("llama"), made, UniformConfig(), train=train, expert_dropout=how).train()
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits) != drops
+    model.eval()
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("kind", ["plain", "magnitude", "bias"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from family_cases import backbone
 
+from mole.mixtures import placing
 from mole.mixtures.fitting import Fit, fitted, pooling
 from mole.mixtures.placing import batch_rows, on_devices
 from mole.routing import Frame, Routing, RoutingInputs
@@ -155,12 +156,16 @@ def test_pooling_goes_by_how_the_backbone_reads(name, want):
     assert pooling(backbone(name), "first") == "first"
 
 
-def test_a_routing_is_copied_to_a_device_once():
+def test_a_routing_is_copied_to_a_device_once(monkeypatch):
+    moves = []
+    inner = placing._moved
+    monkeypatch.setattr(placing, "_moved", lambda routing, device: moves.append(device.type) or inner(routing, device))
     shared, own = Routing(gates()), Routing(gates(), torch.zeros(B, T, E, dtype=torch.int64))
     devices = {"a": "cpu", "b": "meta", "c": "meta", "d": "meta"}
     found = on_devices(
         {"a": shared, "b": shared, "c": shared, "d": own}, {site: torch.device(d) for site, d in devices.items()}
     )
+    assert sorted(moves) == ["cpu", "meta", "meta"]
     assert found["a"] is shared
     assert found["b"] is found["c"]
     assert (
