@@ -64,11 +64,13 @@ def reads_left_to_right(model: nn.Module) -> bool:
 
 def compute_dtype_of(module: nn.Module) -> torch.dtype:
     """The dtype that a module computes in: its weight's, or what a quantised layer says, or else float32."""
-    for tensor in [*module.parameters(recurse=False), *module.parameters()]:
-        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
-            return tensor.dtype
     said = getattr(module, "compute_dtype", None)
-    return said if isinstance(said, torch.dtype) else torch.float32
+    weight = getattr(module, "weight", None)
+    for tensor in [weight, said, *module.parameters()]:
+        dtype = tensor.dtype if isinstance(tensor, Tensor) else tensor
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+            return dtype
+    return torch.float32
 
 
 def device_of(module: nn.Module) -> torch.device:

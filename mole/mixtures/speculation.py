@@ -22,6 +22,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from mole.mixtures.cache import TwoStreamCache
 from mole.mixtures.joint_cache import JointCache
+from mole.mixtures.routing_pass import constant_frame
 from mole.routing import Frame, Routing, RoutingInputs
 
 if TYPE_CHECKING:
@@ -201,8 +202,7 @@ def _begin(
 def _pass_one(model: MultiExpertModel, token: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> _Drafts:
     """Pass 1 of `token` [B], with the head."""
     assert model.router is not None
-    constant = model.router.routing_pass_weights()
-    frame = Frame(experts_enabled=constant is not None, fixed=constant, generating=True)
+    frame = replace(constant_frame(model, model.router), generating=True)
     with model.context.push(frame), _last_hidden(model) as hidden:
         scores = model.backbone(**_inputs(model, token, positions, mask, cache)).logits[:, -1].float()
     return _Drafts(_routed(model, hidden[0]), scores)
