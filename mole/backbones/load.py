@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from mole.backbones.quantised import loading_options, whole_shape
 from mole.registry import BACKBONES, config_dataclass
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -41,6 +42,7 @@ class PretrainedConfig:
     dtype: Dtype = "auto"
     device: str = "auto"
     attention: Attention = "auto"
+    bits: Literal[4, 8] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,11 @@ def load_pretrained(path: str, config: Placement, *, revision: str | None = None
     if folder is not None and revision is not None:
         raise ValueError(f"backbone.revision={revision}: {path} is a folder, which has no revisions: leave it null")
     source = path if folder is None else str(folder)
-    model = _read_model(source, config, revision).requires_grad_(False).eval()
-    torch.nn.Module.to(model, device)
+    bits = getattr(config, "bits", None)
+    packing = {} if bits is None else loading_options(bits, config.dtype, device)
+    model = _read_model(source, config, revision, packing).requires_grad_(False).eval()
+    if not packing:  # packed weights are where they belong
+        torch.nn.Module.to(model, device)
     name = label or (path if folder is None else folder.resolve().name)
     commit = getattr(model.config, "_commit_hash", None) if folder is None else None
     return Backbone(model, _read_tokenizer(source, revision), name, commit, shapes_digest(model))
@@ -111,8 +116,8 @@ def _local_folder(path: str) -> Path | None:
     return folder
 
 
-def _read_model(source: str, config: Placement, revision: str | None) -> PreTrainedModel:
-    options: dict[str, Any] = {"dtype": config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)}
+def _read_model(source: str, config: Placement, revision: str | None, packing: dict[str, Any]) -> PreTrainedModel:
+    options = {"dtype": config.dtype if config.dtype == "auto" else getattr(torch, config.dtype), **packing}
     if config.attention != "auto":
         options["attn_implementation"] = config.attention
     try:
@@ -166,8 +171,8 @@ def _quiet() -> Iterator[None]:
 
 
 def shapes_digest(model: torch.nn.Module) -> str:
-    """sha256 (hex) over the sorted lines `name d1xd2…` of the model's parameters."""
-    lines = sorted(f"{name} {'x'.join(map(str, p.shape))}\n" for name, p in model.named_parameters())
+    """sha256 (hex) over the sorted lines `name d1xd2…` of the model's parameters, as they are when not packed."""
+    lines = sorted(f"{name} {'x'.join(map(str, whole_shape(p)))}\n" for name, p in model.named_parameters())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -19,6 +19,7 @@ EXTRAS = {
     "data": ("datasets",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
+    "quantised": ("bitsandbytes",),
 }
 _LITTLE_DISK = 2**30  # bytes
 _MEMORY_FILE = Path("/proc/meminfo")
