@@ -58,5 +58,10 @@ def _routing_pass(model: Any, router: Router, inputs: dict[str, Any], pair: TwoS
         return run(inputs)
     if constant.experts_enabled:
         raise ValueError("hidden states can be kept only if no expert works in the routing pass: its gates are not 0")
+    if model.options.scaling_pass_dropout:
+        raise ValueError("hidden states can be kept only if no dropout acts in the routing pass: scaling_pass_dropout")
     names = ("input_ids", "attention_mask", "position_ids")
+    others = [n for n in inputs if n not in (*names, *model.pass_inputs.dropped) and not n.startswith("output_")]
+    if others:
+        raise ValueError(f"hidden states are kept by {', '.join(names)}; this forward has {', '.join(others)} too")
     return model.hidden_store.hidden_states({name: inputs[name] for name in names if name in inputs}, run)
