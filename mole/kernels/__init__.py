@@ -10,13 +10,13 @@ from torch import Tensor
 
 from mole.kernels.fused import fused
 from mole.kernels.loop import loop
-from mole.kernels.stack import LoraStack, columns_of
+from mole.kernels.stack import LoraStack, columns_of, spread_of
 from mole.registry import unknown
 
 Kernel = Callable[..., Tensor]
 KERNELS: dict[str, Kernel] = {"loop": loop, "fused": fused}
 
-__all__ = ["KERNELS", "Kernel", "LoraStack", "choose", "columns_of", "fused", "loop"]
+__all__ = ["KERNELS", "Kernel", "LoraStack", "choose", "columns_of", "fused", "loop", "spread_of"]
 
 
 def choose(name: str) -> Kernel:

@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from mole.kernels.precision import autocast_dtype, without_autocast
 from mole.kernels.stack import LoraStack
 
+FEW = 16  # tokens
+
 
 def fused(x: Tensor, stack: LoraStack, weights: Tensor, base_out: Tensor | None = None) -> Tensor:
     """base_out + Σ_e w_e s_e B_e A_e x in two products.
@@ -47,6 +49,9 @@ def _sum(x: Tensor, stack: LoraStack, weights: Tensor, base_out: Tensor | None) 
     if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad or A.requires_grad or B.requires_grad):
         out = _Fused.apply(start, x, A, B, weights, stack.scales, columns)
         assert isinstance(out, Tensor)
+    elif _is_short(x):
+        spread = stack.spread_scales()
+        out = _few(start, x, A, B, F.linear(weights.to(spread.dtype), spread))
     else:
         out = _forward(start, x, A, B, weights * stack.scales, columns)[0]
     if base_out is None or start is not None:
@@ -64,6 +69,20 @@ def _forward(
         return F.linear(u, B), h
     out = torch.addmm(start.flatten(0, -2), u.flatten(0, -2), B.t())
     return out.view(start.shape), h
+
+
+def _is_short(x: Tensor) -> bool:
+    """Whether calls take longer than their numbers. One compiled graph serves all lengths."""
+    return not torch.compiler.is_compiling() and x.numel() <= FEW * x.shape[-1] and x.device.type == "cpu"
+
+
+def _few(start: Tensor | None, x: Tensor, A: Tensor, B: Tensor, q: Tensor) -> Tensor:
+    """The output for few tokens in as few calls as possible; `q` [1|B, 1|T, R]."""
+    h = F.linear(x, A)
+    out = F.linear(h.mul_(q) if h.dtype == q.dtype else (h * q).to(h.dtype), B)
+    if start is None:
+        return out
+    return out.add_(start) if out.shape == start.shape else out.view(start.shape).add_(start)
 
 
 def _gated(h: Tensor, q: Tensor, columns: Tensor | None) -> Tensor:

@@ -9,7 +9,6 @@ diag(ν_e) B_e. The norm is no part of the gradient, as in the paper; of frozen 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ class DoraBank(LoraBank):
         """The stack with diag(ν_e) B_e in the place of B_e."""
         stack = super()._stack()
         lengths = self.ratio().index_select(0, stack.column_experts()).T
-        return replace(stack, B=(stack.B * lengths).to(stack.B.dtype))
+        return stack._replace(B=(stack.B * lengths).to(stack.B.dtype))
 
     def forward(self, base_out: Tensor, x: Tensor, routing: Routing) -> Tensor:
         """As a LoraBank's; `base_out` is what the module itself gave."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mole.adapters import LoraWeights
-from mole.kernels import LoraStack, choose, columns_of, loop
+from mole.kernels import LoraStack, choose, columns_of, loop, spread_of
 from mole.mixtures.banks.bank import Bank
 from mole.registry import unknown
 from mole.routing import Routing
@@ -70,12 +70,13 @@ class LoraBank(Bank):
             precision = torch.promote_types(self.A.dtype, torch.float32)
             self._scales = torch.tensor(self.scales, device=device, dtype=precision)
             self._columns = columns_of(self.ranks, device)
+            self._spread = spread_of(self._columns, self._scales)
 
     def _stack(self) -> LoraStack:
         A = self.A
         if self._scales.device != A.device:  # moved by what sets parameters one by one
             self._make_tables(A.device)
-        return LoraStack(A, self.B, self._scales, self.ranks, self._columns)
+        return LoraStack(A, self.B, self._scales, self.ranks, self._columns, self._spread)
 
     def forward(self, base_out: Tensor, x: Tensor, routing: Routing) -> Tensor:
         """base_out + Σ_e w_e s_e B_e A_e x, in the shape and dtype of `base_out`, which is not changed.
