@@ -478,3 +478,21 @@ def test_a_copy_computes_the_same_and_is_independent(tmp_path):
                 parameter += 1.0
         assert torch.equal(one.model(**one.inputs).logits, want)
         assert not torch.equal(again(**one.inputs).logits, want)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_self_speculation_drafts_with_experts_of_all_kinds(name, tmp_path):
+    one = case(name, tmp_path, XLoraConfig(layerwise=True, temperature=0.3, dtype="float64"))
+    model, prompt = one.model.double(), {"input_ids": one.inputs["input_ids"][:1]}
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    want = model.generate(**prompt, **options)
+    assert torch.equal(model.generate(**prompt, **options, self_speculation=True), want)
+
+
+def test_self_speculation_has_the_biases_that_no_gate_weighs_in_its_drafts(ids):
+    made = experts(backbone("llama").double(), "q_proj", "down_proj", bias=True)
+    config = XLoraConfig(layerwise=True, temperature=0.3, dtype="float64")
+    model = MultiExpertModel(backbone("llama").double(), made, config, gate_lora_bias=False).eval()
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    want = model.generate(input_ids=ids[:1], **options)
+    assert torch.equal(model.generate(input_ids=ids[:1], **options, self_speculation=True), want)
