@@ -130,8 +130,8 @@ def _new_cache(config: Any) -> Cache:
 @contextmanager
 def dropout_off(model: nn.Module, *, unless: bool = False) -> Iterator[None]:
     """Eval mode for the body if some dropout would act; every training flag is as before afterwards."""
-    training = [module for module in model.modules() if module.training]
-    if unless or not any(_drops(module) for module in training):
+    training = [] if unless else [module for module in model.modules() if module.training]
+    if not any(_drops(module) for module in training):
         yield
         return
     for module in training:
