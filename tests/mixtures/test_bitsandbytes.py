@@ -1,4 +1,4 @@
-"""Backbones in 4 and 8 bits by bitsandbytes, where it is installed: wrapped as they are, and equal to PEFT's on them."""
+"""Backbones in 4 and 8 bits by bitsandbytes, where it is installed: wrapped as they are, equal to PEFT's on them."""
 
 import copy
 import warnings
