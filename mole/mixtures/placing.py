@@ -19,8 +19,22 @@ def placed(model: Any, routed: Routing | tuple[Routing, ...], rows: int) -> dict
     made = {id(routing): routing.for_rows(rows) for routing in routings}
     found = {site: made[id(routing)] for site, routing in zip(model.sites, routings, strict=True)}
     if len(set((getattr(model.backbone, "hf_device_map", None) or {}).values())) < 2:
-        return found
-    return on_devices(found, {site: device_of(layer.bank) for site, layer in model.layers.items()})
+        return spread(found, model.shape.num_experts)
+    devices = {site: device_of(layer.bank) for site, layer in model.layers.items()}
+    return on_devices(spread(found, model.shape.num_experts), devices)
+
+
+def spread(routings: dict[str, Routing], num_experts: int) -> dict[str, Routing]:
+    """The routings with their weights over all experts: made for all layers in one go, not once in each of them."""
+    sparse = {id(routing): routing for routing in routings.values() if routing.expert_ids is not None}
+    if len({(r.weights.shape, r.expert_ids.shape) for r in sparse.values()}) != 1:  # type: ignore[union-attr]
+        return routings
+    length = next(iter(sparse.values())).weights.shape[1]
+    weights = torch.cat([r.weights for r in sparse.values()], dim=1)
+    ids = torch.cat([r.expert_ids.expand_as(r.weights) for r in sparse.values()], dim=1)  # type: ignore[union-attr]
+    parts = Routing(weights, ids).dense(num_experts).split(length, dim=1)
+    made = {key: replace(r, spread=part) for (key, r), part in zip(sparse.items(), parts, strict=True)}
+    return {site: made.get(id(routing), routing) for site, routing in routings.items()}
 
 
 def on_devices(routings: Mapping[str, Routing], devices: Mapping[str, torch.device]) -> dict[str, Routing]:
@@ -36,8 +50,8 @@ def on_devices(routings: Mapping[str, Routing], devices: Mapping[str, torch.devi
 def _moved(routing: Routing, device: torch.device) -> Routing:
     if routing.weights.device == device:
         return routing
-    ids = routing.expert_ids
-    return replace(routing, weights=routing.weights.to(device), expert_ids=None if ids is None else ids.to(device))
+    parts = {name: getattr(routing, name) for name in ("weights", "expert_ids", "spread")}
+    return replace(routing, **{name: None if part is None else part.to(device) for name, part in parts.items()})
 
 
 def batch_rows(inputs: Mapping[str, Any]) -> int:

@@ -20,12 +20,14 @@ class Routing:
     `logits`     [1|B, 1|T, E] before top-k, with graph; for losses and statistics, never read by a mixture.
     `predicted`  [1|B, 1|T, E] what the routing log keeps where that is not `dense()` (X-LoRA logs its scalings
                  before top-k and before the global weight).
+    `spread`     [1|B, 1|T, E] what `dense()` gives, where somebody made it already for many routings at once.
     """
 
     weights: Tensor
     expert_ids: Tensor | None = None
     logits: Tensor | None = None
     predicted: Tensor | None = None
+    spread: Tensor | None = None
 
     def __post_init__(self):
         if self.weights.dim() != 3:
@@ -47,6 +49,8 @@ class Routing:
         """The weights over all experts, [1|B, 1|T, E]; repeated ids are added."""
         if self.expert_ids is None:
             return self.weights
+        if self.spread is not None:
+            return self.spread
         ids = self.expert_ids.expand_as(self.weights)
         filled = torch.where(ids >= 0, self.weights, torch.zeros_like(self.weights))
         empty = self.weights.new_zeros(*self.weights.shape[:-1], num_experts)
@@ -78,6 +82,7 @@ class Routing:
             expert_ids=repeat(self.expert_ids),
             logits=repeat(self.logits),
             predicted=repeat(self.predicted),
+            spread=repeat(self.spread),
         )
 
     def detach(self) -> Routing:
@@ -87,4 +92,5 @@ class Routing:
             weights=self.weights.detach(),
             logits=None if self.logits is None else self.logits.detach(),
             predicted=None if self.predicted is None else self.predicted.detach(),
+            spread=None if self.spread is None else self.spread.detach(),
         )

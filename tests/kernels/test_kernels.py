@@ -260,3 +260,14 @@ def test_loop_drops_a_mask_of_its_own_for_each_expert():
 def test_unknown_kernel_names_the_known_ones():
     with pytest.raises(ValueError, match="unknown kernel 'fusd'; did you mean fused"):
         choose("fusd")
+
+
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (1, 5, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 40), (1, 1), (2, 1)], ids=str)
+def test_many_tokens_and_few_give_the_same_without_gradients(ranks, shape):
+    x, stack, weights = problem(ranks, length=40, shape=shape)
+    base_out = torch.randn(2, 40, 6, dtype=torch.float64)
+    whole = fused(x, stack, weights, base_out)
+    for t in range(40):
+        part = fused(x[:, t, None], stack, weights.expand(2, 40, -1)[:, t, None], base_out[:, t, None])
+        assert (whole[:, t, None] - part).abs().max() < 1e-12

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from mixture_cases import mixture
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mole.adapters import LoraWeights
 from mole.kernels import fused, loop
@@ -209,3 +211,24 @@ def test_fused_bank_equals_the_loops_in_output_and_gradients():
         found.append([out.detach(), x.grad, weights.grad, made.A.grad, made.B.grad])
     for mine, want in zip(*found, strict=True):
         assert (mine - want).abs().max() <= 1e-6 * want.abs().max()
+
+
+class Scatters(TorchDispatchMode):
+    """Counts how often weights are spread over all experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.scatter_add.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["xlora_top_k", "xlora_top_k_softmax"])  # the second has gates for each layer
+def test_weights_of_the_k_chosen_are_spread_over_all_experts_once_in_a_forward(name):
+    model = mixture(name)
+    with Scatters() as found, torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+    assert len(model.sites) > 1
+    assert found.count == 1

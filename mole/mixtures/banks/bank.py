@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mole.adapters import LoraWeights
-from mole.routing import EMPTY, Routing
+from mole.routing import Routing
 
 
 class Bank(nn.Module):
@@ -34,8 +34,6 @@ class Bank(nn.Module):
     def _make_tables(self, device: torch.device) -> None:
         """Small tensors that follow the parameters. No buffers: see above."""
         self._present = torch.tensor(self.present, device=device)
-        local = [self.present.index(e) if e in self.present else EMPTY for e in range(self.num_experts)]
-        self._local = torch.tensor(local, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bank:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -51,13 +49,10 @@ class Bank(nn.Module):
 
     def local_weights(self, routing: Routing) -> Tensor:
         """The routing over the experts of this bank, dense: [1|B, 1|T, n]."""
-        if routing.expert_ids is not None:
-            local = self._local.to(routing.expert_ids.device)
-            ids = torch.where(routing.expert_ids >= 0, local[routing.expert_ids.clamp_min(0)], EMPTY)
-            return Routing(routing.weights, ids).dense(len(self.present))
+        weights = routing.dense(self.num_experts)
         if len(self.present) == self.num_experts:
-            return routing.weights
-        return routing.weights.index_select(-1, self._present.to(routing.weights.device))
+            return weights
+        return weights.index_select(-1, self._present.to(weights.device))
 
     def forward(self, base_out: Tensor, x: Tensor, routing: Routing) -> Tensor:
         """`base_out`, which is not changed, and what the experts add to it for the input `x`, in its shape and dtype.
