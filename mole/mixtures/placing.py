@@ -27,12 +27,13 @@ def placed(model: Any, routed: Routing | tuple[Routing, ...], rows: int) -> dict
 def spread(routings: dict[str, Routing], num_experts: int) -> dict[str, Routing]:
     """The routings with their weights over all experts: made for all layers in one go, not once in each of them."""
     sparse = {id(routing): routing for routing in routings.values() if routing.expert_ids is not None}
-    if len({(r.weights.shape, r.expert_ids.shape) for r in sparse.values()}) != 1:  # type: ignore[union-attr]
+    # Compared, not put in a set: hashing a length would fix it in a trace, and each new length would be traced anew.
+    first = next(iter(sparse.values()), None)
+    if first is None or any(r.weights.shape != first.weights.shape for r in sparse.values()):
         return routings
-    length = next(iter(sparse.values())).weights.shape[1]
     weights = torch.cat([r.weights for r in sparse.values()], dim=1)
     ids = torch.cat([r.expert_ids.expand_as(r.weights) for r in sparse.values()], dim=1)  # type: ignore[union-attr]
-    parts = Routing(weights, ids).dense(num_experts).split(length, dim=1)
+    parts = Routing(weights, ids).dense(num_experts).split(first.weights.shape[1], dim=1)
     made = {key: replace(r, spread=part) for (key, r), part in zip(sparse.items(), parts, strict=True)}
     return {site: made.get(id(routing), routing) for site, routing in routings.items()}
 
