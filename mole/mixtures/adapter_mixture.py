@@ -6,11 +6,14 @@ has the routing. Outside a frame, or with the experts off, it is the wrapped mod
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mole.mixtures.fitting import Fit, fitted
+from mole.mixtures.keeping import kept
 from mole.routers import Router
 from mole.routing import Frame, Routing, RoutingContext
 
@@ -19,7 +22,7 @@ class MixtureLayer(nn.Module):
     """Wraps `base`; the wrapped object itself is neither copied nor changed, unknown attributes are its own.
 
     `bank` holds the experts (see mixtures/banks), `fit` says how the module's rows find their gates. `router` is the
-    layer's own one, None where one router serves the whole model.
+    layer's own one; None where one router serves the whole model, or the first layer of a `group` has it.
     """
 
     def __init__(self, base: nn.Module, bank: nn.Module, fit: Fit, context: RoutingContext):
@@ -28,6 +31,7 @@ class MixtureLayer(nn.Module):
         self.bank: Any = bank
         self.fit = fit
         self.router: Router | None = None
+        self.group: str | None = None  # whose modules spend one routing, made by the first of them
         self.context = context
 
     def __getattr__(self, name: str) -> Any:
@@ -48,23 +52,50 @@ class MixtureLayer(nn.Module):
         frame = self.context.current
         if frame is None or not frame.experts_enabled:
             return base_out
-        routing = self._routing(x, frame)
+        routing = self._routing(x, base_out, frame)
         if routing is None:
             return base_out
         if frame.recording:
             frame.seen[self.fit.site] = routing
-        routing, rows = fitted(routing, x, base_out, self.fit, frame)
-        return parts["bank"](base_out, rows, routing)  # type: ignore[misc]
+        fitting, rows = fitted(routing, x, base_out, self.fit, frame)
+        if self.router is not None and "outputs" in self.router.needs and frame.fixed is None:
+            # What such a router does to the experts' share is its own; the module's output takes no part in it.
+            share = parts["bank"](torch.zeros_like(base_out), rows, fitting)  # type: ignore[misc]
+            return base_out + self.router.value(share)  # type: ignore[operator]
+        return parts["bank"](base_out, rows, fitting)  # type: ignore[misc]
 
-    def _routing(self, x: Tensor, frame: Frame) -> Routing | None:
+    def _routing(self, x: Tensor, base_out: Tensor, frame: Frame) -> Routing | None:
         """None where the module is called on its own, outside a forward of the model."""
         if frame.fixed is not None:
             return frame.fixed
         if self.fit.site in frame.routings:
             return frame.routings[self.fit.site]
         if self.router is None:
+            if self.group is not None:
+                return self._shared(frame)
             assert not frame.routings, f"no routing was made for {self.fit.site}"
             return None
-        routing = self.router(x[None] if x.dim() == 2 else x, frame)
+        routing = self._own(x, base_out, frame)
         assert isinstance(routing, Routing), "a router of scope layer gives one routing"
+        if self.group is not None:
+            frame.shared[self.group] = routing
         return routing
+
+    def _own(self, x: Tensor, base_out: Tensor, frame: Frame) -> Any:
+        """What this layer's router says; what it said at the prompt, if it keeps that while generating."""
+        router: Any = self.router
+        rows = x[None] if x.dim() == 2 else x
+        if "outputs" in router.needs:
+            inner = partial(self.bank.inner, base_out, rows)
+            return router(rows, frame, outputs=base_out.reshape(*rows.shape[:-1], -1), inner=inner)
+        if not router.keeps:
+            return router(rows, frame)
+        return kept(frame, self.fit.site, len(rows), partial(router, rows, frame))
+
+    def _shared(self, frame: Frame) -> Routing:
+        if self.group not in frame.shared:
+            raise ValueError(
+                f"{self.fit.site} runs before the first module of its group {self.group!r}, which routes for it: "
+                "choose another router.group_by"
+            )
+        return frame.shared[self.group]

@@ -208,9 +208,9 @@ def _options(node: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _trained_state(model: MultiExpertModel) -> dict[str, torch.Tensor]:
     """What was trained beside the experts."""
     state: dict[str, torch.Tensor] = {
-        f"{site}.{name}" if site else name: parameter
+        f"{site}.{name}" if site else name: tensor
         for site, router in model.routers().items()
-        for name, parameter in router.named_parameters()
+        for name, tensor in router.state_dict(keep_vars=True).items()
     }
     for path, module in model.trained_modules().items():
         state |= {f"modules_to_save.{path}.{name}": parameter for name, parameter in module.named_parameters()}

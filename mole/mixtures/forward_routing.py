@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from mole.mixtures import encoder_decoder, gate_reuse
 from mole.mixtures.cache import TwoStreamCache
+from mole.mixtures.keeping import kept
 from mole.mixtures.placing import batch_rows, placed
 from mole.mixtures.routing_pass import constant_frame, last_hidden_state
 from mole.routers import Router
@@ -27,7 +29,9 @@ def route(model: Any, frame: Frame, inputs: dict[str, Any]) -> TwoStreamCache | 
         if isinstance(inputs.get("past_key_values"), TwoStreamCache):
             raise ValueError("this cache was filled under a routing pass: it cannot go on without one")
         if router is not None:
-            frame.routings = placed(model, router(None, frame), batch_rows(inputs))
+            rows = batch_rows(inputs)
+            routed = kept(frame, "", rows, partial(router, None, frame)) if router.keeps else router(None, frame)
+            frame.routings = placed(model, routed, rows)
         return None
     cache, use_cache, pair = inputs.get("past_key_values"), inputs.get("use_cache", False), None
     if cache is not None or use_cache:

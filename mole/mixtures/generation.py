@@ -24,6 +24,7 @@ class Generation(GenerationMixin):
         self,
         *args: Any,
         task_names: Any = None,
+        texts: Any = None,
         prompt_mask: Tensor | None = None,
         self_speculation: bool = False,
         **kwargs: Any,
@@ -39,8 +40,14 @@ class Generation(GenerationMixin):
             require_routing_pass(model)
             # transformers hands a streamer to its own decoding methods only.
             kwargs["custom_generate"] = partial(speculate, streamer=kwargs.get("streamer"))
-        inputs = RoutingInputs(task_names=None if task_names is None else tuple(task_names), prompt_mask=prompt_mask)
-        frame = replace(outer, inputs=inputs.over(outer.inputs), generating=True)
+        inputs = RoutingInputs(
+            task_names=None if task_names is None else tuple(task_names),
+            texts=None if texts is None else tuple(texts),
+            prompt_mask=prompt_mask,
+        )
+        frame = replace(outer, inputs=inputs.over(outer.inputs), generating=True, kept={})
+        if kwargs.get("prefill_chunk_size") and any(router.keeps for router in model.routers().values()):
+            raise ValueError(f"prefill_chunk_size: router={model.router_config.name} reads the prompt as a whole")
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mole.adapters import Adapter
-from mole.backbones.modules import in_out_features, replace_module
+from mole.backbones.modules import replace_module
 from mole.mixtures.encoder_decoder import RoutedEncoder, check_widths, is_one
 from mole.mixtures.forward_routing import route
 from mole.mixtures.generation import Generation
 from mole.mixtures.hidden_store import HiddenStore
+from mole.mixtures.router_building import build_router
 from mole.mixtures.routing_pass import Streams, can_cache, pass_inputs
 from mole.mixtures.speculation import SpeculationReport
 from mole.mixtures.wrapping import MixtureOptions, expert_now, wrap
-from mole.registry import ROUTERS, unknown
+from mole.registry import unknown
 from mole.routers import MixtureShape, Router
 from mole.routing import Frame, Routing, RoutingContext, RoutingInputs
 from mole.routing.losses import labels_of, routing_losses
@@ -100,34 +101,21 @@ class MultiExpertModel(nn.Module, Generation):
         self.shape = MixtureShape(
             expert_names=tuple(experts),
             expert_tasks=tuple(tuple((tasks or {}).get(name, ())) for name in experts),
-            num_sites=len(self.layers),
+            sites=tuple(self.layers),
             hidden_size=backbone.config.get_text_config().hidden_size,
         )
         self.router: Router | None = None
+        self.groups: dict[str, tuple[str, ...]] = {}  # of routers of the layers: name → the sites they serve
         self.router_config = router_config
         self.streams = Streams()
         self.takes = set(signature(backbone.forward).parameters)
         self._can_cache, self.pass_inputs = can_cache(backbone), pass_inputs(backbone)
         try:
-            self._build_router()
+            build_router(self)
             self.set_trainable(train)
         except ValueError:
             self.unload()
             raise
-
-    def _build_router(self) -> None:
-        build = ROUTERS[self.router_config.name].implementation
-        if build.scope == "model":  # type: ignore[attr-defined]
-            self.router = build(self.router_config, self.shape).to(self.device)
-            return
-        for layer in self.layers.values():
-            if layer.fit.takes != "features":
-                raise ValueError(
-                    f"router={self.router_config.name} goes by the input of each module, and that of {layer.site} "
-                    "(embedding, convolution or whole module) cannot be read: use a router for the whole model"
-                )
-            width = in_out_features(layer.base)[0]
-            layer.router = build(self.router_config, self.shape, input_dim=width).to(self.device)
 
     # ---- what the model is
     def __getattr__(self, name: str) -> Any:
@@ -204,13 +192,15 @@ class MultiExpertModel(nn.Module, Generation):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
         task_names: Any = None,
+        texts: Any = None,
         prompt_mask: Tensor | None = None,
         expert_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The backbone's forward with the mixtures at work: its inputs, its output.
 
-        `task_names` (one per example) and `prompt_mask` (bool [B, T]) are for routers that need them. With a router
+        `task_names`, `texts` (of the prompts, one per example) and `prompt_mask` (bool [B, T]) are for routers that
+        need them. With a router
         that needs a routing pass, `past_key_values` of the output is a `TwoStreamCache`. In training, `losses` (name →
         coefficient) gives the output `auxiliary_loss`, their weighted sum, and `auxiliary_losses`, each by name;
         `expert_labels` (int64 [B] or [B, T], -100: none) tells the right experts, else the tasks do.
@@ -231,8 +221,15 @@ class MultiExpertModel(nn.Module, Generation):
         if self._can_cache:
             wanted = bool(getattr(self.config, "use_cache", False)) and not self.training
             inputs["use_cache"] = wanted if use_cache is None else use_cache
-        names = None if task_names is None else tuple(task_names)
-        frame = self.new_frame(RoutingInputs(names, input_ids, attention_mask, prompt_mask))
+        seen = RoutingInputs(
+            task_names=None if task_names is None else tuple(task_names),
+            texts=None if texts is None else tuple(texts),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            prompt_mask=prompt_mask,
+        )
+        frame = self.new_frame(seen)
+        frame.goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0
         frame.logits_to_keep = logits_to_keep
         recording, phase = frame.recording, self.phase(past_key_values, frame)
         with self.context.push(frame):
@@ -262,6 +259,7 @@ class MultiExpertModel(nn.Module, Generation):
             router=outer.router,
             recording=bool(self.listeners or (self.losses and self.training)) and outer.experts_enabled,
             generating=outer.generating,
+            kept=outer.kept,
         )
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:

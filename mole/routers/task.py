@@ -1,17 +1,17 @@
 """Task router: each example goes to the expert whose card lists its task. No parameters; the oracle of a comparison."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mole.registry import ROUTERS, config_dataclass, unknown
-from mole.routers.base import MixtureShape, Router
+from mole.routers.base import Combining, MixtureShape, Router
 from mole.routing import Frame, Routing
 
 
 @config_dataclass
-class TaskConfig:
+class TaskConfig(Combining):
     """One-hot weights by task name."""
 
     name: Literal["task"] = "task"
@@ -35,8 +35,8 @@ class TaskRouter(Router):
     needs = frozenset({"task_names"})
     _device: Tensor
 
-    def __init__(self, config: TaskConfig, shape: MixtureShape, *, input_dim: int | None = None):
-        super().__init__(config, shape, input_dim=input_dim)
+    def __init__(self, config: TaskConfig, shape: MixtureShape, **place: Any):
+        super().__init__(config, shape, **place)
         self._rows: dict[str, list[float]] = {}
         for task in sorted({task for tasks in shape.expert_tasks for task in tasks}):
             owners = [i for i, tasks in enumerate(shape.expert_tasks) if task in tasks]

@@ -3,7 +3,7 @@
 Shazeer et al. 2017, arXiv 1701.06538; GShard, arXiv 2006.16668; Switch Transformer, arXiv 2101.03961.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mole.registry import ROUTERS, config_dataclass
 from mole.routers.base import MixtureShape, Router
+from mole.routers.selection import largest
 from mole.routing import Frame, Routing
 
 
@@ -33,11 +34,6 @@ class TopKConfig:
             )
 
 
-def largest(values: Tensor, k: int) -> Tensor:
-    """Ids of the k largest values along the last axis, best first; ties go to the lower id on every device."""
-    return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-
-
 @ROUTERS.register("top_k", TopKConfig)
 class TopKRouter(Router):
     """Learned token routing, one instance per mixed module. Raises ValueError if top_k exceeds the experts."""
@@ -45,8 +41,9 @@ class TopKRouter(Router):
     scope = "layer"
     learned = True
 
-    def __init__(self, config: TopKConfig, shape: MixtureShape, *, input_dim: int | None = None):
-        super().__init__(config, shape, input_dim=input_dim)
+    def __init__(self, config: TopKConfig, shape: MixtureShape, **place: Any):
+        super().__init__(config, shape, **place)
+        input_dim = self.input_dim
         if config.top_k is not None and config.top_k > shape.num_experts:
             raise ValueError(
                 f"router.top_k={config.top_k} with {shape.num_experts} experts: lower router.top_k or add experts"

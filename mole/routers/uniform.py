@@ -1,17 +1,17 @@
 """Uniform router: every expert with the same weight, for every token. No parameters."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mole.registry import ROUTERS, config_dataclass, unknown
-from mole.routers.base import MixtureShape, Router
+from mole.routers.base import Combining, MixtureShape, Router
 from mole.routing import Frame, Routing
 
 
 @config_dataclass
-class UniformConfig:
+class UniformConfig(Combining):
     """Weights 1/E over all experts but the excluded ones, which get 0."""
 
     name: Literal["uniform"] = "uniform"
@@ -24,8 +24,8 @@ class UniformRouter(Router):
 
     weights: Tensor
 
-    def __init__(self, config: UniformConfig, shape: MixtureShape, *, input_dim: int | None = None):
-        super().__init__(config, shape, input_dim=input_dim)
+    def __init__(self, config: UniformConfig, shape: MixtureShape, **place: Any):
+        super().__init__(config, shape, **place)
         for name in config.exclude:
             if name not in shape.expert_names:
                 raise ValueError(f"router.exclude: {unknown('expert', name, shape.expert_names)}")
@@ -37,3 +37,7 @@ class UniformRouter(Router):
     def forward(self, x: Tensor | None, frame: Frame) -> Routing:
         """→ static weights [1, 1, E]."""
         return Routing(self.weights)
+
+    def mergeable(self) -> Tensor:
+        """→ [E]."""
+        return self.weights[0, 0]

@@ -8,7 +8,7 @@ is what makes cached generation exact.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mole.registry import ROUTERS, config_dataclass
 from mole.routers.base import MixtureShape, Router
-from mole.routers.top_k import largest
+from mole.routers.selection import largest
 from mole.routing import Frame, Routing
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -90,8 +90,8 @@ class XLoraRouter(Router):
     learned = True
     config: XLoraConfig
 
-    def __init__(self, config: XLoraConfig, shape: MixtureShape, *, input_dim: int | None = None):
-        super().__init__(config, shape, input_dim=input_dim)
+    def __init__(self, config: XLoraConfig, shape: MixtureShape, **place: Any):
+        super().__init__(config, shape, **place)
         outputs = shape.num_experts * (shape.num_sites if config.layerwise else 1)
         self.classifier = classifier(config, shape.hidden_size, outputs)
         self.latest: Predicted | None = None

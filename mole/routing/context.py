@@ -22,6 +22,7 @@ class RoutingInputs:
     """What a router may ask for beside the hidden states.
 
     `task_names`     one name per example.
+    `texts`          the prompt of each example, as text.
     `input_ids`      int64 [B, T].
     `attention_mask` [B, T], 1 at valid tokens.
     `prompt_mask`    bool [B, T], true at valid tokens of the prompt.
@@ -29,6 +30,7 @@ class RoutingInputs:
     """
 
     task_names: tuple[str, ...] | None = None
+    texts: tuple[str, ...] | None = None
     input_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     prompt_mask: Tensor | None = None
@@ -49,6 +51,9 @@ class Frame:
     `fixed`    a routing that stands in for every router (see `MultiExpertModel.fixed_routing`).
     `router`   a router of model scope that stands in for the model's own (see `MultiExpertModel.routed_by`).
     `routings` site → routing, made by a router of model scope before the layers run.
+    `shared`   group of modules → the routing that its first module made, for the others.
+    `kept`     group or site → the routing per example that was made at the prompt; one dict for a whole `generate`.
+    `goes_on`  whether this forward continues a cache: the prompt was read before.
     `seen`     site → routing as spent, filled by the layers if `recording`.
     `logits_to_keep` the positions that the output head sees: as many from the end (0: all), or an index; None: all.
     """
@@ -59,6 +64,9 @@ class Frame:
     fixed: Routing | None = None
     router: Any = None
     routings: dict[str, Routing] = field(default_factory=dict)
+    shared: dict[str, Routing] = field(default_factory=dict)
+    kept: dict[str, Routing] = field(default_factory=dict)
+    goes_on: bool = False
     recording: bool = False
     seen: dict[str, Routing] = field(default_factory=dict)
     generating: bool = False
@@ -105,12 +113,13 @@ class RoutingContext:
     def checkpoint_contexts(self):
         """`context_fn` of torch's non-reentrant checkpointing: the recomputation sees the frame of its forward.
 
-        The recomputation records nothing: each routing was seen once already.
+        The recomputation records nothing: each routing was seen once already. What a module shares with its group it
+        makes anew, if it is recomputed itself.
         """
         frame = self.current
         if frame is None:
             return nullcontext(), nullcontext()
-        return nullcontext(), self.push(replace(frame, recording=False))
+        return nullcontext(), self.push(replace(frame, recording=False, shared=dict(frame.shared)))
 
     def __deepcopy__(self, memo: dict) -> RoutingContext:
         memo[id(self)] = fresh = RoutingContext()

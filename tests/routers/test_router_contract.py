@@ -11,7 +11,8 @@ from mole.registry import ROUTERS
 from mole.routers import MixtureShape
 from mole.routing import Frame, Routing, RoutingInputs
 
-SHAPE = MixtureShape(("a", "b", "c"), (("one",), ("two", "three"), ("four",)), num_sites=4, hidden_size=8)
+TASKS = (("one",), ("two", "three"), ("four",))
+SHAPE = MixtureShape(("a", "b", "c"), TASKS, sites=("w", "x", "y", "z"), hidden_size=8)
 DIM, BATCH, LENGTH = 8, 2, 5
 VARIANTS = [pytest.param(variant, id=variant.name) for variant in ROUTERS]
 

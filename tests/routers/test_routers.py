@@ -15,11 +15,11 @@ from mole.routers import (
     XLoraConfig,
     XLoraRouter,
 )
-from mole.routers.top_k import largest
+from mole.routers.selection import largest
 from mole.routing import Frame, RoutingInputs
 
-SHAPE = MixtureShape(("a", "b", "c"), (("one",), ("two", "three"), ("one",)), num_sites=2, hidden_size=32)
-DISTINCT = MixtureShape(("a", "b", "c"), (("one",), ("two", "three"), ()), num_sites=2, hidden_size=32)
+SHAPE = MixtureShape(("a", "b", "c"), (("one",), ("two", "three"), ("one",)), sites=("x", "y"), hidden_size=32)
+DISTINCT = MixtureShape(("a", "b", "c"), (("one",), ("two", "three"), ()), sites=("x", "y"), hidden_size=32)
 
 
 def tasks(*names):

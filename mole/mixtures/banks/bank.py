@@ -61,6 +61,12 @@ class Bank(nn.Module):
         """
         raise NotImplementedError
 
+    def spend(self, *, combine: str = "outputs", missing: str = "drop") -> None:
+        """How routings are spent from now on, see `Combining`. Raises ValueError for what this bank cannot do."""
+        if combine != "outputs":
+            raise ValueError(f"combine={combine}: not for a {type(self).__name__}: use combine=outputs")
+        self.missing = missing
+
     def weights(self, expert: int) -> LoraWeights | None:
         """The LoRA weights of the expert with that mixture index, as views of the bank; None if it has none here."""
         return None
@@ -91,6 +97,11 @@ class BankOfBanks(nn.Module):
         for bank in self.banks:
             bank.requires_grad_(requires_grad)
         return self
+
+    def spend(self, *, combine: str = "outputs", missing: str = "drop") -> None:
+        """As a bank's."""
+        for bank in self.banks:
+            bank.spend(combine=combine, missing=missing)
 
     def forward(self, base_out: Tensor, x: Tensor, routing: Routing) -> Tensor:
         """As a bank's."""

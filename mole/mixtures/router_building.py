@@ -1,0 +1,55 @@
+"""Build the router of a mixture: one for the model, or one in the first layer of every group of layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mole.backbones.modules import in_out_features
+from mole.mixtures.groups import groups_of
+from mole.registry import ROUTERS
+
+
+def build_router(model: Any) -> None:
+    """Gives the model or its layers the routers of `model.router_config`, and tells the banks how to spend.
+
+    Raises ValueError for what the router and the mixture cannot do together.
+    """
+    config = model.router_config
+    build: Any = ROUTERS[config.name].implementation
+    if build.scope == "model":
+        model.router = build(config, model.shape).to(model.device)
+    else:
+        model.groups = groups_of(model.sites, config)
+        for group, sites in model.groups.items():
+            _build_for_layers(model, build, group, sites)
+    combine, missing = getattr(config, "combine", "outputs"), getattr(config, "missing", "drop")
+    for site, layer in model.layers.items():
+        try:
+            layer.bank.spend(combine=combine, missing=missing)
+        except ValueError as error:
+            raise ValueError(f"{site}: {error}") from error
+    for router in model.routers().values():
+        if "experts" in router.needs:
+            router.take_experts([_weights_at(model, site) for site in router.sites])
+
+
+def _build_for_layers(model: Any, build: Any, group: str, sites: tuple[str, ...]) -> None:
+    """One router for the modules of a group, in the first of them; the others spend its routing."""
+    for site in sites:
+        if model.layers[site].fit.takes != "features":
+            raise ValueError(
+                f"router={model.router_config.name} goes by the input of each module, and that of {site} "
+                "(embedding, convolution or whole module) cannot be read: use a router for the whole model"
+            )
+    owner = model.layers[sites[0]]
+    width = in_out_features(owner.base)[0]
+    owner.router = build(model.router_config, model.shape, input_dim=width, sites=sites).to(model.device)
+    for site in sites if len(sites) > 1 else ():
+        model.layers[site].group = group
+
+
+def _weights_at(model: Any, site: str) -> dict[int, Any]:
+    """Mixture index → what the expert has at the module."""
+    bank = model.layers[site].bank
+    found = {index: bank.weights(index) for index in range(model.shape.num_experts)}
+    return {index: weights for index, weights in found.items() if weights is not None}
