@@ -239,15 +239,19 @@ class MultiExpertModel(nn.Module, Generation):
             output.past_key_values = pair
         if recording and self.listeners:
             self.report(frame, phase)
-        if self.losses and self.training and frame.experts_enabled:
+        if self.training and frame.experts_enabled and (self.losses or frame.penalties):
             self._add_losses(output, frame, expert_labels)
         return output
 
     def _add_losses(self, output: Any, frame: Frame, labels: Tensor | None) -> None:
         tasks, mask = frame.inputs.task_names, frame.inputs.attention_mask
         labels = labels_of(tasks, self.shape.expert_tasks) if labels is None else labels
-        output.auxiliary_losses = routing_losses(self.losses, frame.seen.values(), mask, labels)
-        output.auxiliary_loss = sum(self.losses[name] * loss for name, loss in output.auxiliary_losses.items())
+        found = routing_losses(self.losses, frame.seen.values(), mask, labels) if self.losses else {}
+        total = sum(self.losses[name] * loss for name, loss in found.items())
+        for (name, _), penalty in frame.penalties.items():
+            found[name] = found.get(name, 0.0) + penalty.to(self.device)
+            total = total + penalty.to(self.device)
+        output.auxiliary_losses, output.auxiliary_loss = found, total
 
     def new_frame(self, inputs: RoutingInputs) -> Frame:
         """The frame of a forward with these inputs, as the contexts around it want it."""

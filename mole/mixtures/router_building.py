@@ -42,8 +42,17 @@ def _build_for_layers(model: Any, build: Any, group: str, sites: tuple[str, ...]
                 "(embedding, convolution or whole module) cannot be read: use a router for the whole model"
             )
     owner = model.layers[sites[0]]
-    width = in_out_features(owner.base)[0]
-    owner.router = build(model.router_config, model.shape, input_dim=width, sites=sites).to(model.device)
+    width, made = in_out_features(owner.base)
+    place: dict[str, Any] = {"input_dim": width, "sites": sites}
+    if "outputs" in build.needs:
+        place["output_dim"] = made
+    owner.router = router = build(model.router_config, model.shape, **place).to(model.device)
+    for site in sites if router.num_splits > 1 else ():
+        if any(size % router.num_splits for size in in_out_features(model.layers[site].base)):
+            raise ValueError(
+                f"router.num_splits={router.num_splits} cuts the inputs and outputs of each module in as many equal "
+                f"blocks, and those of {site} are {in_out_features(model.layers[site].base)}: choose a divisor of both"
+            )
     for site in sites if len(sites) > 1 else ():
         model.layers[site].group = group
 

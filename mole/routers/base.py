@@ -110,6 +110,8 @@ class Router(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()
     keeps: ClassVar[bool] = False
     expert_axes: ClassVar[Mapping[str, int]] = {}
+    # Blocks of the features that have weights of their own; the widths of all modules must be multiples.
+    num_splits: int = 1
     # Approximations while decoding, for routers with a routing pass: see mixtures/gate_reuse.py.
     gate_refresh: int = 1
     gate_freeze_after: int | None = None

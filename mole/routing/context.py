@@ -55,6 +55,8 @@ class Frame:
     `kept`     group or site → the routing per example that was made at the prompt; one dict for a whole `generate`.
     `goes_on`  whether this forward continues a cache: the prompt was read before.
     `seen`     site → routing as spent, filled by the layers if `recording`.
+    `notes`    what a router must find again when this forward is computed a second time (gradient checkpointing).
+    `penalties` (name, place) → a scalar with graph that a router adds to the loss of this forward in training.
     `logits_to_keep` the positions that the output head sees: as many from the end (0: all), or an index; None: all.
     """
 
@@ -69,8 +71,14 @@ class Frame:
     goes_on: bool = False
     recording: bool = False
     seen: dict[str, Routing] = field(default_factory=dict)
+    notes: dict[Any, Any] = field(default_factory=dict)
+    penalties: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     generating: bool = False
     logits_to_keep: int | Tensor | None = None
+
+    def penalise(self, name: str, place: str, value: Tensor) -> None:
+        """Adds `value` to the loss, once for each `place`: a recomputation adds nothing."""
+        self.penalties.setdefault((name, place), value)
 
     def need(self, name: str, router: str) -> Any:
         """The input `name`, or a ValueError that says which router misses it."""
