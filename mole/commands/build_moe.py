@@ -24,6 +24,7 @@ from mole.mixtures.hidden_store import HiddenStore, store_bytes
 from mole.registry import BACKBONES, DATASETS, LIBRARIES, OPTIMIZERS, ROUTERS, SCHEDULES, TRACKERS, config_dataclass
 from mole.routing.log import RoutingLog
 from mole.routing.losses import check_losses
+from mole.routing.statistics import RoutingStatistics
 from mole.run_folder import RunFolder
 from mole.training import FitResult, TrainingConfig, TrainingData, fit, make_accelerator
 
@@ -54,6 +55,7 @@ class BuildMoe:
     keep_hidden_states: Literal["float32", "bfloat16"] | None = None
     log_every: Annotated[int, Field(ge=1)] | None = 20
     log_examples: Annotated[int, Field(ge=0)] = 16
+    statistics_every: Annotated[int, Field(ge=1)] | None = 5
     seed: int = 0
     run: RunConfig
 
@@ -99,8 +101,9 @@ def run(config: BuildMoe) -> float | None:
     if config.learns:
         listener = TrainingForwards(log, config.log_every) if accelerator.is_main_process else None
         model.losses = dict(config.losses)
+        statistics = _statistics(config, model) if accelerator.is_main_process else None
         with _listening(model, listener), _keeping(model, config, datasets):
-            result = _train(config, model, datasets, collate, accelerator, run)
+            result = _train(config, model, datasets, collate, accelerator, run, statistics=statistics)
     else:
         run.update(status="running")
     if accelerator.is_main_process:
@@ -181,6 +184,8 @@ def _train(
     collate: Collate,
     accelerator: Any,
     run: RunFolder,
+    *,
+    statistics: RoutingStatistics | None,
 ) -> FitResult:
     train, held_out = (data.joined(datasets.values(), split) for split in ("train", "validation"))
     return fit(
@@ -191,8 +196,18 @@ def _train(
         accelerator=accelerator,
         seed=config.seed,
         evaluate=Validation(model, held_out, collate, config.training.batch_size) if held_out else None,
+        extras=statistics.read if statistics else None,
         resume=config.run.resume == "auto",
     )
+
+
+def _statistics(config: BuildMoe, model: MultiExpertModel) -> RoutingStatistics | None:
+    """What listens to the training forwards, and speaks up at every logged step."""
+    if config.statistics_every is None:
+        return None
+    found = RoutingStatistics(model.sites, model.expert_names, model.shape.expert_tasks, every=config.statistics_every)
+    model.observers.append(found)
+    return found
 
 
 def _log_examples(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from mole.mixtures.encoder_decoder import RoutedEncoder, check_widths, is_one
 from mole.mixtures.forward_routing import route
 from mole.mixtures.generation import Generation
 from mole.mixtures.hidden_store import HiddenStore
+from mole.mixtures.listening import Listener, Observer, report
 from mole.mixtures.router_building import build_router
 from mole.mixtures.routing_pass import Streams, can_cache, pass_inputs
 from mole.mixtures.speculation import SpeculationReport
@@ -32,22 +33,6 @@ from mole.routing import Frame, Routing, RoutingContext, RoutingInputs
 from mole.routing.losses import labels_of, routing_losses
 
 TRAINS = ("router", "experts", "both", "none")
-
-
-class Listener(Protocol):
-    """Told of the routing of every forward, once; the routing log is one."""
-
-    def record(
-        self,
-        scalings: Tensor,
-        *,
-        token_ids: Tensor | None,
-        mask: Tensor | None,
-        task_names: list[str] | None,
-        phase: str,
-    ) -> None:
-        """`scalings` [B, T, L, E], or [B, T, 1, E] where all layers share them."""
-        ...
 
 
 class MultiExpertModel(nn.Module, Generation):
@@ -81,6 +66,7 @@ class MultiExpertModel(nn.Module, Generation):
         self.backbone: Any = backbone
         self.context = RoutingContext()
         self.listeners: list[Listener] = []
+        self.observers: list[Observer] = []
         self.losses: dict[str, float] = {}  # of the routing, in training: name → coefficient
         self.hidden_store: HiddenStore | None = None  # keeps the routing pass of training examples, if set
         self.speculation: SpeculationReport | None = None  # of the last `generate` with self_speculation
@@ -174,6 +160,13 @@ class MultiExpertModel(nn.Module, Generation):
         for router in self.routers().values():
             router.requires_grad_(train in ("router", "both"))
 
+    def parameter_settings(self) -> dict[str, dict[str, float]]:
+        """Name of a parameter → its own `lr` and `weight_decay`, where the router's config sets them."""
+        wanted = {name: getattr(self.router_config, name, None) for name in ("lr", "weight_decay")}
+        own = {name: value for name, value in wanted.items() if value is not None}
+        routed = {id(parameter) for router in self.routers().values() for parameter in router.parameters()}
+        return {name: own for name, p in self.named_parameters() if own and id(p) in routed}
+
     def unload(self) -> PreTrainedModel:
         """Gives the backbone back: every wrapped module is the object that it was."""
         for site, layer in {**self.layers, **self.stand_ins}.items():
@@ -237,7 +230,7 @@ class MultiExpertModel(nn.Module, Generation):
             output = self.backbone(**inputs)
         if pair is not None and getattr(output, "past_key_values", None) is not None:
             output.past_key_values = pair
-        if recording and self.listeners:
+        if recording:
             self.report(frame, phase)
         if self.training and frame.experts_enabled and (self.losses or frame.penalties):
             self._add_losses(output, frame, expert_labels)
@@ -261,7 +254,8 @@ class MultiExpertModel(nn.Module, Generation):
             experts_enabled=outer.experts_enabled,
             fixed=outer.fixed,
             router=outer.router,
-            recording=bool(self.listeners or (self.losses and self.training)) and outer.experts_enabled,
+            recording=outer.experts_enabled
+            and bool(self.listeners or self.observers or (self.losses and self.training)),
             generating=outer.generating,
             kept=outer.kept,
         )
@@ -280,22 +274,8 @@ class MultiExpertModel(nn.Module, Generation):
         return "decode" if cache is not None and cache.get_seq_length() > 0 else "prefill"
 
     def report(self, frame: Frame, phase: str) -> None:
-        """One record for this forward: the routing of every site, [B, T, L, E], or L = 1 if all share one object."""
-        seen = [frame.seen[site] for site in self.sites if site in frame.seen]
-        distinct = seen[:1] if all(routing is seen[0] for routing in seen) else seen
-        names, ids, mask = frame.inputs.task_names, frame.inputs.input_ids, frame.inputs.attention_mask
-        shape = [routing.weights.shape for routing in distinct]
-        rows = ids.shape[0] if ids is not None else max(s[0] for s in shape)
-        length = ids.shape[1] if ids is not None else max(s[1] for s in shape)
-        dense = [routing.detach().logged(self.shape.num_experts).expand(rows, length, -1) for routing in distinct]
-        for listener in self.listeners:
-            listener.record(
-                torch.stack(dense, dim=2),
-                token_ids=ids,
-                mask=mask[:, -length:] if mask is not None and mask.dim() == 2 else None,
-                task_names=None if names is None else [names[row * len(names) // rows] for row in range(rows)],
-                phase=phase,
-            )
+        """One record for this forward, to each listener and observer."""
+        report(self, frame, phase)
 
     @contextmanager
     def experts_off(self) -> Iterator[None]:

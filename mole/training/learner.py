@@ -141,7 +141,8 @@ def build_learner(model: nn.Module, config: TrainingSettings, accelerator: Accel
     if any(tensor.device != accelerator.device for tensor in model.parameters()):
         model.to(accelerator.device)
         parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = build_optimizer(config.optimizer, parameters, config.training.learning_rate)
+    own = model.parameter_settings() if hasattr(type(model), "parameter_settings") else {}  # type: ignore[operator]
+    optimizer = build_optimizer(config.optimizer, parameters, config.training.learning_rate, own)
     schedule = build_schedule(config.schedule, optimizer, total)
     prepared = accelerator.prepare_optimizer(optimizer)
     assert isinstance(prepared, AcceleratedOptimizer)

@@ -46,10 +46,11 @@ class Objective:
         self._takes = set(named) if "input_ids" in named else None
         self._without_cache = {"use_cache": False} if "use_cache" in named else {}
 
-    def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """`batch`: labels [B, T] and the model's inputs; a model that names `input_ids` gets only what it names.
 
-        Returns the sum of the token losses, and the model's `auxiliary_loss` (a mean over tokens) if it gives one.
+        Returns the sum of the token losses; the model's `auxiliary_loss` (a mean over tokens) if it gives one; and its
+        `auxiliary_losses`, the parts of that by name, to be logged.
         """
         inputs = {
             key: value
@@ -57,4 +58,5 @@ class Objective:
             if key != "labels" and (self._takes is None or key in self._takes)
         }
         output = self.model(**inputs, **self._without_cache)
-        return token_loss(output.logits, batch["labels"]), getattr(output, "auxiliary_loss", None)
+        loss, parts = token_loss(output.logits, batch["labels"]), getattr(output, "auxiliary_losses", None)
+        return loss, getattr(output, "auxiliary_loss", None), dict(parts or {})

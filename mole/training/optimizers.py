@@ -3,6 +3,7 @@
 AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101. Adafactor: Shazeer and Stern 2018, arXiv:1804.04235.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -74,16 +75,23 @@ def adafactor(config: AdafactorConfig, groups: Groups, learning_rate: float) -> 
     return torch.optim.Adafactor(groups, lr=learning_rate, beta2_decay=config.beta2_decay, d=config.update_clip)
 
 
-def build_optimizer(config: Any, parameters: dict[str, nn.Parameter], learning_rate: float) -> Optimizer:
+def build_optimizer(
+    config: Any,
+    parameters: dict[str, nn.Parameter],
+    learning_rate: float,
+    own: Mapping[str, Mapping[str, float]] | None = None,
+) -> Optimizer:
     """The optimizer that `config.name` names, over named parameters.
 
-    Matrices are decayed; what has fewer than two dimensions (biases, norms, scales) is not.
+    Matrices are decayed; what has fewer than two dimensions (biases, norms, scales) is not. `own` gives parameters by
+    name a rate (`lr`) or a `weight_decay` of their own.
     """
-    decayed = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
-    spared = [parameter for parameter in parameters.values() if parameter.ndim < 2]
-    groups = [
-        {"params": members, "weight_decay": decay}
-        for members, decay in ((decayed, config.weight_decay), (spared, 0.0))
-        if members
-    ]
-    return OPTIMIZERS.build(config, groups, learning_rate)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        settings = (own or {}).get(name, {})
+        decay = settings.get("weight_decay", config.weight_decay) if parameter.ndim >= 2 else 0.0
+        groups.setdefault((settings.get("lr", learning_rate), decay), []).append(parameter)
+    # The run's own rate comes first: it is the one that is logged.
+    ordered = sorted(groups.items(), key=lambda row: (row[0][0] != learning_rate, -row[0][1]))
+    members = [{"params": found, "weight_decay": decay, "lr": rate} for (rate, decay), found in ordered]
+    return OPTIMIZERS.build(config, members, learning_rate)

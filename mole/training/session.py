@@ -57,6 +57,7 @@ class Session:
     track: Log
     progress: TrainingProgress
     total: int
+    extras: Callable[[], dict[str, Any]] | None = None
     counters: Counters = field(default_factory=Counters)
     selection: Selection = field(default_factory=Selection)
     last_metrics: dict[str, float] = field(default_factory=dict)
@@ -149,13 +150,16 @@ class Session:
             "tokens": counters.tokens,
             "supervised_tokens": counters.supervised_tokens,
         }
-        if report.auxiliary_loss is not None:
-            values["auxiliary_loss"] = report.auxiliary_loss
+        values |= report.auxiliary
+        values |= self.extras() if self.extras is not None else {}
         if self.learner.accelerator.scaler is not None:
             values["skipped_steps"] = counters.skipped_steps
         timing = {"seconds": counters.seconds, "tokens_per_second": counters.tokens_per_second}
         self.metrics.write(step=counters.step, phase="train", **values, **timing)
-        self.track({f"train/{name}": value for name, value in {**values, **timing}.items()}, counters.step)
+        tracked = {
+            f"train/{name}": value for name, value in {**values, **timing}.items() if not isinstance(value, dict)
+        }
+        self.track(tracked, counters.step)
 
     def _evaluate(self) -> None:
         """Metrics of the weights as they are; a checkpoint where they are the best so far."""

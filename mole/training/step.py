@@ -29,10 +29,13 @@ class Census:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did. `loss`: per supervised token; `auxiliary_loss`: per token; `skipped`: fp16 overflowed."""
+    """What a step did. `loss`: per supervised token; `auxiliary`: per token, by name; `skipped`: fp16 overflowed.
+
+    `auxiliary` has the sum that was trained on as auxiliary_loss, and its parts as loss/<name>.
+    """
 
     loss: float
-    auxiliary_loss: float | None
+    auxiliary: dict[str, float]
     gradient_norm: float
     learning_rate: float
     skipped: bool
@@ -63,12 +66,12 @@ def take_step(learner: Learner, batches: Batches, census: Census, clip_norm: flo
     accelerator, optimizer = learner.accelerator, learner.optimizer
     optimizer.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
-    auxiliary_total: Tensor | None = None
+    auxiliary: dict[str, Tensor] = {}
     for batch in batches:
-        loss, auxiliary = _one_batch(learner, batch, census)
+        loss, parts = _one_batch(learner, batch, census)
         total += loss
-        if auxiliary is not None:
-            auxiliary_total = auxiliary if auxiliary_total is None else auxiliary_total + auxiliary
+        for name, part in parts.items():
+            auxiliary[name] = auxiliary.get(name, 0.0) + part
     mean = _summed(learner, total)
     _require_finite("loss", mean)
     learner.sum_gradients()
@@ -83,7 +86,7 @@ def take_step(learner: Learner, batches: Batches, census: Census, clip_norm: flo
         learner.schedule.step()
     return StepReport(
         loss=mean,
-        auxiliary_loss=None if auxiliary_total is None else _summed(learner, auxiliary_total),
+        auxiliary={name: _summed(learner, value) for name, value in auxiliary.items()},
         gradient_norm=float(norm),  # type: ignore[arg-type]
         learning_rate=rate,
         skipped=optimizer.step_was_skipped,
@@ -98,18 +101,17 @@ def _require_finite(what: str, value: float) -> None:
         )
 
 
-def _one_batch(learner: Learner, batch: dict[str, Any], census: Census) -> tuple[Tensor, Tensor | None]:
-    """Forward and backward of one micro-batch; its share of the step's loss and auxiliary loss, on the CPU."""
+def _one_batch(learner: Learner, batch: dict[str, Any], census: Census) -> tuple[Tensor, dict[str, Tensor]]:
+    """Forward and backward of one micro-batch; its share of the step's loss and auxiliary losses, on the CPU."""
     accelerator = learner.accelerator
     with accelerator.autocast():
-        token_losses, auxiliary = learner.objective(to_device(batch, accelerator.device))
-    share = token_losses / census.supervised
-    loss, weighted = share, None
+        token_losses, auxiliary, parts = learner.objective(to_device(batch, accelerator.device))
+    share, of_tokens = token_losses / census.supervised, valid_tokens(batch) / census.valid
+    accelerator.backward(share if auxiliary is None else share + auxiliary * of_tokens)
+    named = {f"loss/{name}": part for name, part in parts.items()}
     if auxiliary is not None:
-        weighted = auxiliary * (valid_tokens(batch) / census.valid)
-        loss = loss + weighted
-    accelerator.backward(loss)
-    return _noted(share), None if weighted is None else _noted(weighted)
+        named["auxiliary_loss"] = auxiliary
+    return _noted(share), {name: _noted(part * of_tokens) for name, part in named.items()}
 
 
 def _noted(value: Tensor) -> Tensor:

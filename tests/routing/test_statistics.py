@@ -1,0 +1,124 @@
+"""Statistics of routings: their values by the plain formula, what counts, what they warn of."""
+
+import logging
+import math
+
+import pytest
+import torch
+
+from mole.routing import Frame, Routing, RoutingInputs
+from mole.routing.statistics import RoutingStatistics, measured
+
+NAMES = ("a", "b", "c", "d")
+
+
+def random_weights(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+
+
+def naive(dense, mask, names, chosen):
+    """One token after another, in float64."""
+    rows = [dense[b, t].double() for b in range(mask.shape[0]) for t in range(mask.shape[1]) if mask[b, t]]
+    p = [row / row.sum() for row in rows]
+    entropies = [-sum(float(v) * math.log(float(v)) for v in one if v > 0) for one in p]
+    importance = sum(p) / len(p)
+    counts = torch.zeros(len(names), dtype=torch.float64)
+    for b in range(mask.shape[0]):
+        for t in range(mask.shape[1]):
+            if mask[b, t]:
+                for expert in chosen(b, t):
+                    counts[expert] += 1
+    load = counts / counts.sum()
+    average = -sum(float(v) * math.log(float(v)) for v in importance if v > 0)
+    best = [one.sort(descending=True).values for one in p]
+    return {
+        "entropy": sum(entropies) / len(p),
+        "normalised_entropy": sum(entropies) / len(p) / math.log(len(names)),
+        "entropy_average": average,
+        "mutual_information": average - sum(entropies) / len(p),
+        "max_violation": len(names) * float(load.max()) - 1,
+        "usage": float((load > 0).double().mean()),
+        "effective_experts": math.exp(average),
+        "weight_sum": float(sum(row.sum() for row in rows)) / len(p),
+        "margin": float(sum(one[0] - one[1] for one in best)) / len(p),
+        "load": dict(zip(names, load.tolist(), strict=True)),
+        "importance": dict(zip(names, importance.tolist(), strict=True)),
+    }
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_every_statistic_is_its_formula_over_the_valid_tokens(sparse):
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    if sparse:
+        weights = 0.7 * random_weights(2, 4, 2)
+        ids = torch.stack([torch.randperm(4, generator=torch.Generator().manual_seed(i))[:2] for i in range(8)])
+        routing = Routing(weights, ids.view(2, 4, 2))
+        chosen = lambda b, t: ids.view(2, 4, 2)[b, t].tolist()  # noqa: E731
+    else:
+        routing = Routing(random_weights(2, 4, 4))
+        chosen = lambda b, t: [int(routing.weights[b, t].argmax())]  # noqa: E731
+    found = measured(routing, 4, mask, None).values(NAMES)
+    want = naive(routing.dense(4), mask, NAMES, chosen)
+    assert found.keys() == want.keys()
+    for name, value in want.items():
+        assert found[name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_a_routing_for_whole_examples_counts_each_of_their_tokens():
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
+    per_example = Routing(torch.tensor([[[1.0, 0, 0, 0]], [[0, 0, 0, 1.0]]]))
+    found = measured(per_example, 4, mask, None).values(NAMES)
+    assert found["load"] == pytest.approx({"a": 0.8, "b": 0, "c": 0, "d": 0.2})
+    static = measured(Routing(torch.full((1, 1, 4), 0.25)), 4, mask, None).values(NAMES)
+    assert static["entropy"] == pytest.approx(math.log(4)) and static["mutual_information"] == pytest.approx(
+        0, abs=1e-6
+    )
+
+
+def test_known_tasks_tell_how_often_the_router_is_right():
+    routing = Routing(torch.tensor([[[0.7, 0.1, 0.1, 0.1]], [[0.6, 0.2, 0.1, 0.1]], [[0.1, 0.1, 0.7, 0.1]]]))
+    labels = torch.tensor([0, 1, -100])
+    found = measured(routing, 4, torch.ones(3, 2), labels).values(NAMES)
+    assert found["p_correct"] == pytest.approx((0.7 + 0.2) / 2)
+    assert found["accuracy"] == pytest.approx(0.5)
+
+
+def frame_of(**routings):
+    return Frame(inputs=RoutingInputs(attention_mask=torch.ones(2, 3)), seen=routings)
+
+
+def test_modules_with_one_routing_count_once_and_a_window_ends_with_its_reading():
+    routing, other = Routing(random_weights(2, 3, 4)), Routing(random_weights(2, 3, 4, seed=1))
+    shared = RoutingStatistics(("x", "y"), NAMES)
+    shared.observe(frame_of(x=routing, y=routing), "train")
+    assert not [key for key in shared.read() if key.startswith("router/x/")]
+    assert shared.read() == {}
+    apart = RoutingStatistics(("x", "y"), NAMES)
+    apart.observe(frame_of(x=routing, y=other), "train")
+    apart.observe(frame_of(x=routing, y=other), "eval")
+    values = apart.read()
+    assert values["router/entropy"] == pytest.approx((values["router/x/entropy"] + values["router/y/entropy"]) / 2)
+    assert set(values["router/x/load"]) == set(NAMES)
+
+
+def test_only_every_nth_training_forward_counts():
+    statistics = RoutingStatistics(("x",), NAMES, every=3)
+    for expert in (0, 1, 2, 3):
+        statistics.observe(frame_of(x=Routing(torch.eye(4)[expert].view(1, 1, 4))), "train")
+    assert statistics.read()["router/load"] == {"a": 0.5, "b": 0.0, "c": 0.0, "d": 0.5}
+
+
+def test_a_collapsed_router_and_dead_experts_are_named_once(caplog):
+    collapsed = RoutingStatistics(("x",), NAMES)
+    dead = RoutingStatistics(("x", "y"), NAMES)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            collapsed.observe(frame_of(x=Routing(torch.tensor([[[0.99, 0.004, 0.003, 0.003]]]))), "train")
+            collapsed.read()
+            two = Routing(torch.tensor([[[0.5, 0.5, 0.0, 0.0]]]))
+            dead.observe(frame_of(x=two, y=Routing(torch.full((1, 1, 4), 0.25))), "train")
+            dead.read()
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert "99 % of its weight to a" in messages[0] and "load_balance" in messages[0]
+    assert messages[1] == "the router at x gives nearly nothing to c, d"
