@@ -86,6 +86,13 @@ def encoded(model: Any, router: Router, frame: Frame, inputs: dict[str, Any]) ->
     return RoutedEncoderOutput(**output, routing_state=state)
 
 
+def read_encoder_first(model: Any, frame: Frame, inputs: dict[str, Any]) -> None:
+    """Runs the encoder, under the current frame, before the decoder's routers ask for what it gave."""
+    if inputs.get("encoder_outputs") is None:
+        inputs["encoder_outputs"] = model.backbone.get_encoder()(**_encoders(model, inputs))
+    frame.inputs = replace(frame.inputs, encoder_states=inputs["encoder_outputs"][0])
+
+
 def route(
     model: Any, router: Router, frame: Frame, inputs: dict[str, Any], pair: TwoStreamCache | None
 ) -> dict[str, Routing]:

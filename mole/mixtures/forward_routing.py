@@ -22,6 +22,8 @@ def route(model: Any, frame: Frame, inputs: dict[str, Any]) -> TwoStreamCache | 
     Puts what the mixture pass needs into `inputs`; returns the pair of caches that the caller gets back. Raises
     ValueError for a pair of caches where there is no routing pass.
     """
+    if any("encoder_states" in router.needs for router in model.routers().values()):
+        encoder_decoder.read_encoder_first(model, frame, inputs)
     router: Router | None = model.router if frame.router is None else frame.router
     if not frame.experts_enabled or frame.fixed is not None:
         router = None

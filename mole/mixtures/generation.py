@@ -60,6 +60,10 @@ class Generation(GenerationMixin):
     def _reorder_cache(self, cache: Any, beam_idx: Tensor) -> Any:
         """Beams change places: the cache follows, and so do those who listen to the routing."""
         cache.reorder_cache(beam_idx)
+        frame = self.context.current
+        for state in frame.kept.values() if frame is not None else ():
+            if hasattr(state, "reorder"):
+                state.reorder(beam_idx)
         for listener in self.listeners:
             if hasattr(listener, "reorder"):
                 listener.reorder(beam_idx)  # type: ignore[attr-defined]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from mole.backbones.modules import in_out_features
+from mole.backbones.modules import in_out_features, reads_left_to_right
+from mole.mixtures.encoder_decoder import is_one
 from mole.mixtures.groups import groups_of
 from mole.registry import ROUTERS
+from mole.routers import Router
 
 
 def build_router(model: Any) -> None:
@@ -47,6 +49,7 @@ def _build_for_layers(model: Any, build: Any, group: str, sites: tuple[str, ...]
     if "outputs" in build.needs:
         place["output_dim"] = made
     owner.router = router = build(model.router_config, model.shape, **place).to(model.device)
+    _check_reading(model, router)
     for site in sites if router.num_splits > 1 else ():
         if any(size % router.num_splits for size in in_out_features(model.layers[site].base)):
             raise ValueError(
@@ -55,6 +58,20 @@ def _build_for_layers(model: Any, build: Any, group: str, sites: tuple[str, ...]
             )
     for site in sites if len(sites) > 1 else ():
         model.layers[site].group = group
+
+
+def _check_reading(model: Any, router: Router) -> None:
+    """Raises ValueError for a router that reads later tokens, or an encoder, where there must be none or is none."""
+    name, kind = model.router_config.name, type(model.backbone).__name__
+    if router.reads_ahead and reads_left_to_right(model.backbone):
+        raise ValueError(
+            f"router={name} would read later tokens, and the tokens of a {kind} see earlier ones only: set router.pool "
+            "to prompt or causal"
+        )
+    if "encoder_states" in router.needs and not is_one(model.backbone):
+        raise ValueError(
+            f"router={name} reads an encoder's output, and a {kind} has no encoder: set router.source=input"
+        )
 
 
 def _weights_at(model: Any, site: str) -> dict[int, Any]:

@@ -112,6 +112,8 @@ class Router(nn.Module):
     expert_axes: ClassVar[Mapping[str, int]] = {}
     # Blocks of the features that have weights of their own; the widths of all modules must be multiples.
     num_splits: int = 1
+    # Whether the routing of a token depends on later ones: not for backbones that read from left to right.
+    reads_ahead: bool = False
     # Approximations while decoding, for routers with a routing pass: see mixtures/gate_reuse.py.
     gate_refresh: int = 1
     gate_freeze_after: int | None = None

@@ -27,6 +27,7 @@ class RoutingInputs:
     `attention_mask` [B, T], 1 at valid tokens.
     `prompt_mask`    bool [B, T], true at valid tokens of the prompt.
     `hidden_states`  [B, T, H], last hidden state of the routing pass.
+    `encoder_states` [B, S, H], what the encoder of this forward gave to the decoder.
     """
 
     task_names: tuple[str, ...] | None = None
@@ -35,6 +36,7 @@ class RoutingInputs:
     attention_mask: Tensor | None = None
     prompt_mask: Tensor | None = None
     hidden_states: Tensor | None = None
+    encoder_states: Tensor | None = None
 
     def over(self, outer: RoutingInputs | None) -> RoutingInputs:
         """These inputs, and the outer frame's where this one has none."""
@@ -52,7 +54,8 @@ class Frame:
     `router`   a router of model scope that stands in for the model's own (see `MultiExpertModel.routed_by`).
     `routings` site → routing, made by a router of model scope before the layers run.
     `shared`   group of modules → the routing that its first module made, for the others.
-    `kept`     group or site → the routing per example that was made at the prompt; one dict for a whole `generate`.
+    `kept`     group or site → the routing per example that was made at the prompt, or a router's own state with
+               `reorder(rows)`; one dict for a whole `generate`.
     `goes_on`  whether this forward continues a cache: the prompt was read before.
     `seen`     site → routing as spent, filled by the layers if `recording`.
     `notes`    what a router must find again when this forward is computed a second time (gradient checkpointing).
@@ -67,7 +70,7 @@ class Frame:
     router: Any = None
     routings: dict[str, Routing] = field(default_factory=dict)
     shared: dict[str, Routing] = field(default_factory=dict)
-    kept: dict[str, Routing] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
     goes_on: bool = False
     recording: bool = False
     seen: dict[str, Routing] = field(default_factory=dict)
