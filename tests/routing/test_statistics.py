@@ -70,9 +70,8 @@ def test_a_routing_for_whole_examples_counts_each_of_their_tokens():
     found = measured(per_example, 4, mask, None).values(NAMES)
     assert found["load"] == pytest.approx({"a": 0.8, "b": 0, "c": 0, "d": 0.2})
     static = measured(Routing(torch.full((1, 1, 4), 0.25)), 4, mask, None).values(NAMES)
-    assert static["entropy"] == pytest.approx(math.log(4)) and static["mutual_information"] == pytest.approx(
-        0, abs=1e-6
-    )
+    assert static["entropy"] == pytest.approx(math.log(4))
+    assert static["mutual_information"] == pytest.approx(0, abs=1e-6)
 
 
 def test_known_tasks_tell_how_often_the_router_is_right():
@@ -120,5 +119,6 @@ def test_a_collapsed_router_and_dead_experts_are_named_once(caplog):
             dead.read()
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
-    assert "99 % of its weight to a" in messages[0] and "load_balance" in messages[0]
+    assert "99 % of its weight to a" in messages[0]
+    assert "load_balance" in messages[0]
     assert messages[1] == "the router at x gives nearly nothing to c, d"
