@@ -21,6 +21,7 @@ _FILES = (
     "table.md",
     "table.csv",
     "generations.jsonl",
+    "merge.json",
 )
 _FOLDERS = ("checkpoints", "expert", "mixture", "scalings", "plots")
 STATUSES = ("preparing", "running", "finished", "stopped", "failed")
@@ -67,6 +68,7 @@ class RunFolder:
     table_md = property(lambda self: self.path / "table.md", doc="The table of scores, in Markdown.")
     table_csv = property(lambda self: self.path / "table.csv", doc="The table of scores, for spreadsheets.")
     generations = property(lambda self: self.path / "generations.jsonl", doc="Prompts and what was generated.")
+    merge = property(lambda self: self.path / "merge.json", doc="What each module lost when experts became one.")
 
     def create(self) -> None:
         """Makes the folder, parents included.
