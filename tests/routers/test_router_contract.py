@@ -1,6 +1,7 @@
 """What every registered router promises, without a line for any single one."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -14,20 +15,45 @@ from mole.routing import Frame, Routing, RoutingInputs
 TASKS = (("one",), ("two", "three"), ("four",))
 SHAPE = MixtureShape(("a", "b", "c"), TASKS, sites=("w", "x", "y", "z"), hidden_size=8)
 DIM, BATCH, LENGTH = 8, 2, 5
+GIVEN = {field.name for field in dataclasses.fields(RoutingInputs)}  # needs that a forward is given
 VARIANTS = [pytest.param(variant, id=variant.name) for variant in ROUTERS]
 
 
 def build(variant, seed=0):
     torch.manual_seed(seed)
     scope = variant.implementation.scope
-    options = {"input_dim": DIM} if scope == "layer" else {}
+    options = {"input_dim": DIM, "sites": SHAPE.sites[:1]} if scope == "layer" else {}
+    if "outputs" in variant.implementation.needs:
+        options["output_dim"] = DIM
     return variant.implementation(variant.config(), SHAPE, **options).eval()
+
+
+def inputs_for(x) -> RoutingInputs:
+    """Everything that a router may be given; the prompt is the first two tokens."""
+    rows, length = x.shape[:2]
+    return RoutingInputs(
+        task_names=("one", "four")[:rows],
+        texts=("a sum", "a word")[:rows],
+        input_ids=torch.arange(rows * length).view(rows, length),
+        attention_mask=torch.ones(rows, length, dtype=torch.int64),
+        prompt_mask=(torch.arange(length) < 2).expand(rows, length),
+        hidden_states=x,
+    )
+
+
+def asked(x) -> dict:
+    """What a router that weighs outputs is called with beside: a module W_0 and experts W_e, at the inputs `x`."""
+    generator = torch.Generator().manual_seed(11)
+    base, *experts = torch.randn(1 + SHAPE.num_experts, DIM, DIM, generator=generator)
+    made = torch.stack([x @ expert.T for expert in experts], dim=-2)
+    return {"outputs": x @ base.T, "inner": lambda direction: (made * direction[..., None, :]).sum(-1)}
 
 
 def route(router, x, inputs=None) -> list[Routing]:
     """The routings of all sites for module inputs (or hidden states) `x` [B, T, 8]."""
-    given = inputs or RoutingInputs(task_names=("one", "four")[: x.shape[0]], hidden_states=x)
-    routed = router(x if router.scope == "layer" else None, Frame(inputs=given))
+    frame = Frame(inputs=inputs or inputs_for(x))
+    beside = asked(x) if "outputs" in router.needs else {}
+    routed = router(x if router.scope == "layer" else None, frame, **beside)
     return list(routed) if isinstance(routed, tuple) else [routed]
 
 
@@ -54,7 +80,10 @@ def test_gradients_reach_every_parameter(variant):
     parameters = list(router.parameters())
     if not parameters:
         return
-    sum((r.dense(SHAPE.num_experts) ** 2).sum() for r in route(router, hidden())).backward()
+    loss = sum((r.dense(SHAPE.num_experts) ** 2).sum() for r in route(router, hidden()))
+    if "outputs" in router.needs:
+        loss = loss + router.value(hidden()).sum()
+    loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
 
 
@@ -68,7 +97,7 @@ def test_eval_is_deterministic(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_missing_input_is_an_error_that_names_it(variant):
     router = build(variant)
-    for need in router.needs:
+    for need in router.needs & GIVEN:
         with pytest.raises(ValueError, match=need):
             route(router, hidden(), RoutingInputs())
 
