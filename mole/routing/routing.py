@@ -14,11 +14,13 @@ EMPTY = -1  # expert id of a slot that nobody fills; its weight is 0
 class Routing:
     """Weights of experts, shared (leading 1), per example or per token.
 
-    `weights`    float32 [1|B, 1|T, K].
+    `weights`    float32 [1|B, 1|T, K]; or [1|B, 1|T, Q, K], weights of their own for each of Q blocks of the features,
+                 which only combine=parameters can spend.
     `expert_ids` int64, broadcastable to `weights`; None: K is the number of experts, in the mixture's order.
-                 An id may repeat (repeats add up); -1 is an empty slot with weight 0.
-    `logits`     [1|B, 1|T, E] before top-k, with graph; for losses and statistics, never read by a mixture.
-    `predicted`  [1|B, 1|T, E] what the routing log keeps where that is not `dense()` (X-LoRA logs its scalings
+                 An id may repeat (repeats add up); -1 is an empty slot with weight 0. Ids from E on are null experts:
+                 nobody works for their weight.
+    `logits`     [1|B, 1|T, (Q,) E] before top-k, with graph; for losses and statistics, never read by a mixture.
+    `predicted`  [1|B, 1|T, (Q,) E] what the routing log keeps where that is not `dense()` (X-LoRA logs its scalings
                  before top-k and before the global weight).
     `spread`     [1|B, 1|T, E] what `dense()` gives, where somebody made it already for many routings at once.
     """
@@ -30,10 +32,16 @@ class Routing:
     spread: Tensor | None = None
 
     def __post_init__(self):
-        if self.weights.dim() != 3:
-            raise ValueError(f"routing weights must be [1|B, 1|T, K], got shape {tuple(self.weights.shape)}")
-        if self.expert_ids is not None and self.expert_ids.dim() != 3:
+        rank = self.weights.dim()
+        if rank not in (3, 4):
+            raise ValueError(f"routing weights must be [1|B, 1|T, (Q,) K], got shape {tuple(self.weights.shape)}")
+        if self.expert_ids is not None and self.expert_ids.dim() != rank:
             raise ValueError(f"expert_ids must have the rank of the weights, got {tuple(self.expert_ids.shape)}")
+
+    @property
+    def num_blocks(self) -> int:
+        """Q, the blocks of features that have weights of their own."""
+        return self.weights.shape[2] if self.weights.dim() == 4 else 1
 
     @property
     def is_static(self) -> bool:
@@ -46,19 +54,21 @@ class Routing:
         return self.weights.shape[1] == 1
 
     def dense(self, num_experts: int) -> Tensor:
-        """The weights over all experts, [1|B, 1|T, E]; repeated ids are added."""
+        """The weights over all experts, [1|B, 1|T, (Q,) E]; repeated ids are added."""
         if self.expert_ids is None:
             return self.weights
         if self.spread is not None:
             return self.spread
         ids = self.expert_ids.expand_as(self.weights)
-        filled = torch.where(ids >= 0, self.weights, torch.zeros_like(self.weights))
+        known = (ids >= 0) & (ids < num_experts)
+        filled = torch.where(known, self.weights, torch.zeros_like(self.weights))
         empty = self.weights.new_zeros(*self.weights.shape[:-1], num_experts)
-        return empty.scatter_add(-1, ids.clamp_min(0), filled)
+        return empty.scatter_add(-1, ids.clamp(0, num_experts - 1), filled)
 
     def logged(self, num_experts: int) -> Tensor:
-        """What the routing log keeps, [1|B, 1|T, E]."""
-        return self.dense(num_experts) if self.predicted is None else self.predicted
+        """What the routing log keeps, [1|B, 1|T, E]; the mean of the blocks where there are some."""
+        found = self.dense(num_experts) if self.predicted is None else self.predicted
+        return found.mean(2) if found.dim() == 4 else found
 
     def for_rows(self, batch_size: int) -> Routing:
         """This routing for a batch of `batch_size` rows: beams and return sequences are copies of one example.

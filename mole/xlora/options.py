@@ -38,7 +38,7 @@ _PASSED_ON = (
 def mixture_options(config: xLoRAConfig) -> dict[str, Any]:
     """Keyword arguments of MultiExpertModel. Raises ValueError for an option that it cannot follow."""
     known = signature(MultiExpertModel).parameters
-    options: dict[str, Any] = {"kernel": config.kernel}
+    options: dict[str, Any] = {"kernel": "stacked" if config.kernel == "fused" else config.kernel}
     for name in _PASSED_ON:
         value, default = getattr(config, name), getattr(xLoRAConfig, name)
         if name in known:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mole.kernels import KERNELS, LoraStack, choose, fused, loop
+from mole.kernels import KERNELS, LoraStack, check_kernel, loop, stacked
 
 
 def problem(ranks, dtype=torch.float64, batch=2, length=5, d_in=7, d_out=6, shape=None):
@@ -123,7 +123,7 @@ def test_fused_gradients_equal_the_loops_whoever_wants_one(ranks, wanted):
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-6)):
         x, stack, weights = problem(ranks, dtype)
         base_out = torch.randn(2, 5, 6).to(dtype)
-        pairs = [gradients(kernel, x, stack, weights, base_out, wanted) for kernel in (fused, loop)]
+        pairs = [gradients(kernel, x, stack, weights, base_out, wanted) for kernel in (stacked, loop)]
         for mine, want in zip(*pairs, strict=True):
             assert (mine is None) == (want is None)
             if want is not None:
@@ -135,7 +135,7 @@ def test_gradients_in_bfloat16_are_those_of_float64_up_to_rounding(ranks):
     x, stack, weights = problem(ranks, torch.bfloat16)
     base_out = torch.randn(2, 5, 6).bfloat16()
     wanted = (True, True, True, True, True)
-    mine = gradients(fused, x, stack, weights, base_out, wanted)
+    mine = gradients(stacked, x, stack, weights, base_out, wanted)
     exact = LoraStack(stack.A.double(), stack.B.double(), stack.scales.double(), stack.ranks)
     want = gradients(loop, x.double(), exact, weights.double(), base_out.double(), wanted)
     assert [g.dtype for g in mine] == [t.dtype for t in (x, stack.A, stack.B, weights, base_out)]
@@ -157,7 +157,7 @@ def test_frozen_experts_keep_the_hidden_state_or_the_input_for_the_backward_and_
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        fused(x, stack, weights, torch.zeros(2, 5, 6, dtype=torch.float64))
+        stacked(x, stack, weights, torch.zeros(2, 5, 6, dtype=torch.float64))
     assert kept == ([(2, 5, kept_width)] if len(set(ranks)) == 1 else [(2, 5, kept_width), (sum(ranks),)])
 
 
@@ -165,7 +165,7 @@ def test_nothing_is_kept_where_only_the_input_has_a_gradient():
     x, stack, weights = problem((3,))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        fused(x.requires_grad_(), stack, weights)
+        stacked(x.requires_grad_(), stack, weights)
     assert {tuple(t.shape) for t in kept} == {(3, 7), (6, 3), (2, 5, 1), (1,)}  # A, B, weights, scales: no h, no x
 
 
@@ -177,7 +177,7 @@ def test_a_gradient_that_nobody_wants_is_not_computed():
         for name, tensor in zip("xABw", (x, stack.A, stack.B, weights), strict=True):
             tensor.requires_grad_(name in wanted)
         with Matmuls() as found:
-            fused(x, stack, weights).sum().backward()
+            stacked(x, stack, weights).sum().backward()
         counts[wanted] = found.count
     assert counts == {"w": 3, "xw": 4, "xABw": 7}
 
@@ -186,7 +186,7 @@ def test_second_derivative_of_the_fused_kernel_is_an_error_and_the_loop_has_it()
     x, stack, weights = problem((2, 2))
     x.requires_grad_()
     weights.requires_grad_()
-    for kernel in (fused, loop):
+    for kernel in (stacked, loop):
         (first,) = torch.autograd.grad(kernel(x, stack, weights).square().sum(), weights, create_graph=True)
         if kernel is loop:
             first.sum().backward()
@@ -230,7 +230,7 @@ def test_checkpointing_changes_no_gradient():
     found = []
     for wrap in (lambda f, *a: f(*a), lambda f, *a: torch.utils.checkpoint.checkpoint(f, *a, use_reentrant=False)):
         w = weights.clone().requires_grad_()
-        first, second = wrap(lambda w: fused(x, stack, w), w), wrap(lambda w: fused(2 * x, stack, w), w)
+        first, second = wrap(lambda w: stacked(x, stack, w), w), wrap(lambda w: stacked(2 * x, stack, w), w)
         (first.square().sum() + second.sum()).backward()
         found.append(w.grad)
     assert torch.equal(*found)
@@ -258,8 +258,8 @@ def test_loop_drops_a_mask_of_its_own_for_each_expert():
 
 
 def test_unknown_kernel_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown kernel 'fusd'; did you mean fused"):
-        choose("fusd")
+    with pytest.raises(ValueError, match="unknown kernel 'fusd'; did you mean stacked"):
+        check_kernel("stakced")
 
 
 @pytest.mark.parametrize("ranks", [(4, 4, 4), (1, 5, 2)], ids=str)
@@ -267,7 +267,7 @@ def test_unknown_kernel_names_the_known_ones():
 def test_many_tokens_and_few_give_the_same_without_gradients(ranks, shape):
     x, stack, weights = problem(ranks, length=40, shape=shape)
     base_out = torch.randn(2, 40, 6, dtype=torch.float64)
-    whole = fused(x, stack, weights, base_out)
+    whole = stacked(x, stack, weights, base_out)
     for t in range(40):
-        part = fused(x[:, t, None], stack, weights.expand(2, 40, -1)[:, t, None], base_out[:, t, None])
+        part = stacked(x[:, t, None], stack, weights.expand(2, 40, -1)[:, t, None], base_out[:, t, None])
         assert (whole[:, t, None] - part).abs().max() < 1e-12

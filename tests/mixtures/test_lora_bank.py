@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mole.adapters import LoraWeights
-from mole.kernels import fused, loop
+from mole.kernels import stacked, loop
 from mole.mixtures.banks import LoraBank
 from mole.routing import Routing
 
@@ -202,7 +202,7 @@ def test_an_expert_comes_back_as_it_went_in():
 
 def test_fused_bank_equals_the_loops_in_output_and_gradients():
     found = []
-    for kernel in (fused, loop):
+    for kernel in (stacked, loop):
         made = bank(train=True, kernel=kernel.__name__, expert_dropout="off")
         base_out, x, routing = inputs()
         weights = routing.weights.requires_grad_()

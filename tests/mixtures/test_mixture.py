@@ -28,7 +28,7 @@ def add_to_weights(model, experts, weights):
     return model
 
 
-@pytest.mark.parametrize("kernel", ["loop", "fused"])
+@pytest.mark.parametrize("kernel", ["loop", "stacked"])
 def test_static_routing_equals_the_deltas_added_to_the_weights(batch, kernel):
     weights = {"sums": 0.2, "words": -0.5, "dates": 1.1}
     want = logits(add_to_weights(llama(), three_experts(llama()), weights), {k: batch[k] for k in list(batch)[:2]})
@@ -40,7 +40,7 @@ def test_static_routing_equals_the_deltas_added_to_the_weights(batch, kernel):
 def test_kernels_agree_in_logits_and_gradients(batch):
     for name in ("top_k", "xlora_layerwise"):
         outcomes = []
-        for kernel in ("loop", "fused"):
+        for kernel in ("loop", "stacked"):
             model = mixture(name, kernel=kernel, train="both")
             out = model(**batch).logits
             out.square().mean().backward()

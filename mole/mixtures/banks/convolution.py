@@ -1,6 +1,7 @@
 """LoRA experts at a convolution: A has its kernel, stride and padding, B is a convolution of kernel 1.
 
 DoRA's experts too, where the kernel is 1: δ_e(x) = (ν_e − 1) ∘ W x + ν_e ∘ s_e B_e A_e x, channel by channel.
+Combined by parameters: Σ_e w_e s_e B_e ∗ (Σ_e w_e A_e ∗ x).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from mole.adapters import LoraWeights
 from mole.backbones.modules import dense_weight
+from mole.kernels import check_ranks
 from mole.mixtures.banks.bank import Bank
 from mole.routing import Routing
 
@@ -27,6 +29,8 @@ class ConvolutionBank(Bank):
     """
 
     takes = "channels"
+    kind = "lora"
+    reads_output = True
 
     def __init__(self, experts: Mapping[int, LoraWeights], num_experts: int, *, base: nn.Module, dtype: torch.dtype):
         super().__init__(experts, num_experts)
@@ -45,13 +49,19 @@ class ConvolutionBank(Bank):
         """`x` [B, C, *positions]; `base_out` [B, C_out, *positions]. The experts one after another: they are few."""
         base = self._base[0]
         convolve = _CONVOLVE[self.A[0].dim()]
-        gates = self.local_weights(routing).transpose(1, 2)  # [1|B, n, 1|T]
+        weights = self.local_weights(routing)
+        if weights.dim() == 4:
+            raise ValueError("the channels of a convolution have no blocks that could have weights of their own")
+        gates = weights.transpose(1, 2)  # [1|B, n, 1|T]
         gates = gates.reshape(*gates.shape[:2], *(1,) * (x.dim() - 3), gates.shape[2])
         plain = None
         out = base_out
-        for place, scale in enumerate(self.scales):
-            A, B = self.A[place].to(x.dtype), self.B[place].to(x.dtype)
-            low = convolve(x, A, stride=base.stride, padding=base.padding)
+        lows = [convolve(x, A.to(x.dtype), stride=base.stride, padding=base.padding) for A in self.A]
+        if self.combine == "parameters":
+            mean = sum(gates[:, place : place + 1] * low for place, low in enumerate(lows)).to(x.dtype)
+            lows = [mean] * len(lows)
+        for place, (low, scale) in enumerate(zip(lows, self.scales, strict=True)):
+            B = self.B[place].to(x.dtype)
             delta = convolve(low, B, groups=base.groups) * scale
             if str(place) in self.magnitude:
                 if plain is None:
@@ -60,6 +70,12 @@ class ConvolutionBank(Bank):
                 delta = (ratio - 1) * plain + ratio * delta
             out = out + (gates[:, place : place + 1] * delta).to(base_out.dtype)
         return out
+
+    def check_parameters(self) -> None:
+        """Raises ValueError for experts of unequal ranks, and for DoRA's."""
+        check_ranks(tuple(A.shape[0] for A in self.A))
+        if len(self.magnitude):
+            raise ValueError("combine=parameters: DoRA's experts are not linear in A and B: use combine=outputs")
 
     def _ratio(self, place: int) -> Tensor:
         """ν [1, C_out, 1, …] of one expert with a magnitude."""

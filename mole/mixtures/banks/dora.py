@@ -22,10 +22,13 @@ from mole.routing import Routing
 
 
 class DoraBank(LoraBank):
-    """As a LoraBank, with a magnitude for each expert. It must be the first bank to see the module's own output.
+    """As a LoraBank, with a magnitude for each expert.
 
     `base` is the module: of it are read the weight, once, and the bias.
     """
+
+    kind = "dora"
+    reads_output = True
 
     def __init__(self, experts: Mapping[int, LoraWeights], num_experts: int, *, base: nn.Module, **options: Any):
         super().__init__(experts, num_experts, **options)
@@ -68,13 +71,30 @@ class DoraBank(LoraBank):
         lengths = self.ratio().index_select(0, stack.column_experts()).T
         return stack._replace(B=(stack.B * lengths).to(stack.B.dtype))
 
-    def forward(self, base_out: Tensor, x: Tensor, routing: Routing) -> Tensor:
-        """As a LoraBank's; `base_out` is what the module itself gave."""
+    def check_parameters(self) -> None:
+        """Raises ValueError: there is no such sum."""
+        raise ValueError(
+            "combine=parameters: what DoRA's experts do is not linear in A and B, and nothing says how to mix their "
+            "magnitudes: use combine=outputs"
+        )
+
+    def _own(self, base_out: Tensor, x: Tensor) -> Tensor:
+        """W x, [B, T, d_out]."""
         bias = getattr(self._base[0], "bias", None)
-        rows = (base_out if bias is None else base_out - bias).reshape(*x.shape[:-1], -1)
+        return (base_out if bias is None else base_out - bias).reshape(*x.shape[:-1], -1)
+
+    def _spent(self, base_out: Tensor, x: Tensor, routing: Routing, start: Tensor | None) -> Tensor:
+        """`base_out` is what the module itself gave."""
         gates = self.local_weights(routing)
-        share = (gates @ (self.ratio() - 1).to(gates.dtype)) * rows
-        return super().forward(base_out + share.reshape(base_out.shape).to(base_out.dtype), x, routing)
+        share = (gates @ (self.ratio() - 1).to(gates.dtype)) * self._own(base_out, x)
+        share = share.reshape(base_out.shape).to(base_out.dtype)
+        return super()._spent(base_out, x, routing, share if start is None else start + share)
+
+    def inner(self, base_out: Tensor, x: Tensor, direction: Tensor) -> Tensor:
+        """⟨δ_e(x), direction⟩ of every expert: [B, T, E], 0 for absent ones."""
+        own = (direction * self._own(base_out, x)) @ (self.ratio() - 1).to(direction.dtype).T
+        found = super().inner(base_out, x, direction)
+        return found.index_add(-1, self._present.to(found.device), own.to(found.dtype))
 
     def weights(self, expert: int) -> LoraWeights | None:
         """The weights of the expert with that mixture index, as views of the bank; None if it has none here."""

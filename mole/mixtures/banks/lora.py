@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mole.adapters import LoraWeights
-from mole.kernels import LoraStack, choose, columns_of, loop, spread_of
+from mole.kernels import (
+    KERNELS,
+    SPARSE,
+    Kernel,
+    LoraStack,
+    check_kernel,
+    check_ranks,
+    columns_of,
+    inner,
+    loop,
+    parameters,
+    pick,
+    spread_of,
+)
 from mole.mixtures.banks.bank import Bank
 from mole.registry import unknown
 from mole.routing import Routing
 
+logger = logging.getLogger(__name__)
 EXPERT_DROPOUT = ("auto", "off", "shared", "independent")
 EXPERT_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,8 +44,11 @@ class LoraBank(Bank):
     experts in that dtype, and stays when the model moves to another. `dropout` gives the rate of each expert, by
     mixture index, with which it drops its input while it trains:
     `expert_dropout` off never, shared one mask for all experts of a rate (auto), independent a mask for each, by the
-    loop. Frozen experts drop nothing. Raises ValueError for an unknown setting.
+    loop. Frozen experts drop nothing. `kernel` computes the sum: one of `mole.kernels`, or auto: the fastest for each
+    routing. Raises ValueError for an unknown setting.
     """
+
+    kind = "lora"
 
     def __init__(
         self,
@@ -60,8 +77,11 @@ class LoraBank(Bank):
         self.own_dtype = EXPERT_DTYPES[expert_dtype]
         dtype = self.own_dtype or dtype
         self.A = nn.Parameter(torch.cat([m.A.detach().to(dtype) for m in members], dim=0), requires_grad=False)
-        self.B = nn.Parameter(torch.cat([m.B.detach().to(dtype) for m in members], dim=1), requires_grad=False)
-        self._kernel = choose(kernel)
+        # A view of [R, d_out], in which the columns of an expert lie together.
+        columns = torch.cat([m.B.detach().to(dtype).t() for m in members], dim=0)
+        self.B = nn.Parameter(columns.t(), requires_grad=False)
+        self.kernel = check_kernel(kernel)
+        self._logged: set[str] = set()
         self._make_tables(self.A.device)
 
     def _make_tables(self, device: torch.device) -> None:
@@ -78,36 +98,76 @@ class LoraBank(Bank):
             self._make_tables(A.device)
         return LoraStack(A, self.B, self._scales, self.ranks, self._columns, self._spread)
 
+    def check_parameters(self) -> None:
+        """Raises ValueError for experts of unequal ranks."""
+        check_ranks(self.ranks)
+
     def forward(self, base_out: Tensor, x: Tensor, routing: Routing) -> Tensor:
         """base_out + Σ_e w_e s_e B_e A_e x, in the shape and dtype of `base_out`, which is not changed.
 
-        `x` [B, T, d_in]; `base_out` as many vectors [d_out] in any leading shape.
+        `x` [B, T, d_in]; `base_out` as many vectors [d_out] in any leading shape. With combine=parameters:
+        base_out + (Σ_e w_e s_e B_e)(Σ_e w_e A_e) x.
         """
+        return self._spent(base_out, x, routing, base_out)
+
+    def delta(self, base_out: Tensor, x: Tensor, routing: Routing) -> Tensor:
+        """What the experts add to `base_out`, in its shape and dtype."""
+        return self._spent(base_out, x, routing, None).reshape(base_out.shape).to(base_out.dtype)
+
+    def _spent(self, base_out: Tensor, x: Tensor, routing: Routing, start: Tensor | None) -> Tensor:
+        """`start`, None for 0, plus the experts' share."""
         stack = self._stack()
-        weights = self.local_weights(routing)
         if self.own_dtype is not None:
             x = x.to(self.own_dtype)
         if self.training and self.A.requires_grad and self.expert_dropout != "off" and any(self.dropout):
-            return self._with_dropout(base_out, x, stack, weights)
-        return self._kernel(x, stack, weights, base_out)
+            return self._with_dropout(start, x, stack, routing)
+        return self._run(x, stack, routing, start)
 
-    def _with_dropout(self, base_out: Tensor, x: Tensor, stack: LoraStack, weights: Tensor) -> Tensor:
+    def _run(self, x: Tensor, stack: LoraStack, routing: Routing, start: Tensor | None) -> Tensor:
+        if self.combine == "parameters":
+            return parameters(x, stack, self.local_weights(routing), start)
+        name = self.kernel
+        if name == "auto":
+            name = pick(x, stack, routing.weights, routing.expert_ids)
+            if name not in self._logged and not torch.compiler.is_compiling():
+                self._logged.add(name)
+                logger.debug("kernel %s: %d experts, %d in all of rank, of a routing %s", name, *_facts(stack, routing))
+        kernel: Kernel = KERNELS[name]
+        if name in SPARSE and routing.expert_ids is not None and routing.weights.dim() == 3:
+            weights, ids = self.local_choice(routing)
+            return kernel(x, stack, weights, start, ids)
+        return kernel(x, stack, self.local_weights(routing), start)
+
+    def inner(self, base_out: Tensor, x: Tensor, direction: Tensor) -> Tensor:
+        """⟨δ_e(x), direction⟩ of every expert, as (s_e A_e x) · (B_eᵀ direction): [B, T, E], 0 for absent ones."""
+        stack = self._stack()
+        if self.own_dtype is not None:
+            x = x.to(self.own_dtype)
+        found = inner(x, stack, direction)
+        if len(self.present) == self.num_experts:
+            return found
+        empty = found.new_zeros(*found.shape[:-1], self.num_experts)
+        return empty.index_copy(-1, self._present.to(found.device), found)
+
+    def _with_dropout(self, start: Tensor | None, x: Tensor, stack: LoraStack, routing: Routing) -> Tensor:
+        rates = sorted(set(self.dropout))
+        if self.combine == "parameters":
+            if len(rates) > 1 or self.expert_dropout == "independent":
+                raise ValueError(
+                    "combine=parameters makes one adapter of all experts, which has one mask of dropout: set "
+                    "expert_dropout=off, or give all experts one rate and set expert_dropout=shared"
+                )
+            return self._run(F.dropout(x, rates[0]), stack, routing, start)
+        weights = self.local_weights(routing)
         if self.expert_dropout == "independent":
-            return loop(x, stack, weights, base_out, dropout=self.dropout)
-        for rate in sorted(set(self.dropout)):
-            part, columns = self._part(stack, [i for i, p in enumerate(self.dropout) if p == rate])
-            base_out = self._kernel(F.dropout(x, rate), part, weights[..., columns], base_out)
-        return base_out
-
-    def _part(self, stack: LoraStack, places: list[int]) -> tuple[LoraStack, Any]:
-        """The stack of some of the experts, and where their weights are."""
-        if len(places) == len(self.present):
-            return stack, slice(None)
-        slices = stack.slices()
-        ranks = tuple(self.ranks[i] for i in places)
-        A = torch.cat([stack.A[slices[i]] for i in places], dim=0)
-        B = torch.cat([stack.B[:, slices[i]] for i in places], dim=1)
-        return LoraStack(A, B, stack.scales[places], ranks), places
+            return loop(x, stack, weights, start, dropout=self.dropout)
+        if len(rates) == 1:
+            return self._run(F.dropout(x, rates[0]), stack, routing, start)
+        for rate in rates:
+            places = [place for place, p in enumerate(self.dropout) if p == rate]
+            start = KERNELS["stacked"](F.dropout(x, rate), stack.part(places), weights[..., places], start)
+        assert start is not None
+        return start
 
     def weights(self, expert: int) -> LoraWeights | None:
         """The weights of the expert with that mixture index, as views of the bank; None if it has none here."""
@@ -117,3 +177,7 @@ class LoraBank(Bank):
         part = self._stack().slices()[place]
         alpha, rslora = self.alphas[place]
         return LoraWeights(A=self.A.detach()[part], B=self.B.detach()[:, part], alpha=alpha, rslora=rslora)
+
+
+def _facts(stack: LoraStack, routing: Routing) -> tuple[int, int, tuple[int, ...]]:
+    return stack.num_experts, sum(stack.ranks), tuple(routing.weights.shape)

@@ -1,4 +1,7 @@
-"""Whole modules that experts trained along, mixed: y = M_0(x) + Σ_e w_e (M_e(x) − M_0(x)). Exact, E modules large."""
+"""Whole modules that experts trained along, mixed: y = M_0(x) + Σ_e w_e (M_e(x) − M_0(x)). Exact, E modules large.
+
+Of modules that are linear in their parameters that is the mix of their parameters as well.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import copy
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from mole.mixtures.banks.bank import Bank
 from mole.routing import Routing
@@ -15,6 +19,8 @@ class ModuleBank(Bank):
     """Copies of `base`, each with the tensors of one expert. Its gates are those of the rows that the module gives."""
 
     takes = "outputs"
+    kind = "whole module"
+    reads_output = True
 
     def __init__(self, tensors: Mapping[int, Mapping[str, Tensor]], num_experts: int, *, base: nn.Module):
         super().__init__(tensors, num_experts)
@@ -29,6 +35,15 @@ class ModuleBank(Bank):
             share = weights[..., place, None] * (member(x).reshape(base_out.shape) - base_out)
             out = out + share.to(base_out.dtype)
         return out
+
+    def check_parameters(self) -> None:
+        """Raises ValueError for modules that are not linear in their parameters."""
+        linear = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, Conv1D)
+        if not isinstance(self.members[0], linear):
+            raise ValueError(
+                f"combine=parameters: a {type(self.members[0]).__name__} is not known to be linear in its parameters: "
+                "use combine=outputs"
+            )
 
     def full_module(self, expert: int) -> dict[str, Tensor] | None:
         """The whole module that this expert trained along: name → tensor."""

@@ -22,8 +22,11 @@ class OffsetBank(Bank):
 
     `scales` mixture index → s for biases of LoRA. `base_bias` is b_0 where the vectors are trained biases of the module
     itself. `channels_first` for convolutions. `gated=False` adds Σ_e s_e β_e whatever the routing, as PEFT's X-LoRA
-    does. Raises ValueError for vectors of another length than the module's output.
+    does. Raises ValueError for vectors of another length than the module's output. Linear in the vectors: combined by
+    their parameters they come to the same.
     """
+
+    kind = ""
 
     def __init__(
         self,
@@ -49,18 +52,34 @@ class OffsetBank(Bank):
         weights = self.local_weights(routing)
         if not self.gated:
             weights = torch.ones_like(weights[:1, :1])
-        offsets = self.offsets
-        if self._base_bias is not None:
-            offsets = offsets - self._base_bias.to(offsets.device, offsets.dtype)
-        if self.scales is not None:
-            weights = weights * weights.new_tensor(self.scales)
-        share = weights @ offsets.to(weights.dtype)  # [1|B, 1|T, d_out]
+        offsets = self._added(weights.dtype)
+        if weights.dim() == 4:  # [1|B, 1|T, Q, n]: each block of features with its weights
+            share = torch.einsum("btqn,nqd->btqd", weights, offsets.unflatten(-1, (weights.shape[2], -1))).flatten(-2)
+        else:
+            share = weights @ offsets  # [1|B, 1|T, d_out]
         if self.takes == "channels":
             share = share.transpose(1, 2)
             share = share.reshape(*share.shape, *(1,) * (base_out.dim() - 3))
         elif base_out.dim() != x.dim():  # a flat view of the rows
             share = share.expand(*x.shape[:-1], -1).reshape(base_out.shape)
         return base_out + share.to(base_out.dtype)
+
+    def check_parameters(self) -> None:
+        """Nothing to refuse."""
+
+    def _added(self, dtype: torch.dtype) -> Tensor:
+        """What each expert adds, [n, d_out]: s_e β_e, or b_e − b_0."""
+        offsets = self.offsets
+        if self._base_bias is not None:
+            offsets = offsets - self._base_bias.to(offsets.device, offsets.dtype)
+        offsets = offsets.to(dtype)
+        return offsets if self.scales is None else offsets * offsets.new_tensor(self.scales)[:, None]
+
+    def inner(self, base_out: Tensor, x: Tensor, direction: Tensor) -> Tensor:
+        """⟨δ_e, direction⟩ of every expert: [B, T, E], 0 for absent ones."""
+        found = direction @ self._added(direction.dtype).T
+        empty = found.new_zeros(*found.shape[:-1], self.num_experts)
+        return empty.index_copy(-1, self._present.to(found.device), found)
 
     def completed(self, expert: int, weights: LoraWeights | None) -> LoraWeights | None:
         """`weights` with this expert's bias of LoRA in it."""

@@ -1,4 +1,4 @@
-"""Fused kernel: all experts of a layer in two matrix products, weights applied between them, with its own backward.
+"""Stacked kernel: all experts of a layer in two matrix products, weights applied between them, with its own backward.
 
     h = x Aᵀ  [N, R];    u = h ⊙ q[column → expert],  q = w s  [N, n];    y = base + u Bᵀ
 
@@ -20,19 +20,22 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from mole.kernels.once import once
 from mole.kernels.precision import autocast_dtype, without_autocast
-from mole.kernels.stack import LoraStack
+from mole.kernels.stack import LoraStack, over_all
 
 FEW = 16  # tokens
 
 
-def fused(x: Tensor, stack: LoraStack, weights: Tensor, base_out: Tensor | None = None) -> Tensor:
-    """base_out + Σ_e w_e s_e B_e A_e x in two products.
+def stacked(
+    x: Tensor, stack: LoraStack, weights: Tensor, base_out: Tensor | None = None, ids: Tensor | None = None
+) -> Tensor:
+    """base_out + Σ_e w_e s_e B_e A_e x in two products; shapes as for every kernel.
 
-    `x` [B, T, d_in]; `weights` float32 [1|B, 1|T, n] over the experts of `stack`; `base_out` as many vectors [d_out]
-    in any leading shape → its shape and dtype. Without `base_out`: the sum, [B, T, d_out].
     Differentiable once: RuntimeError in a second derivative, for which there is the loop.
     """
+    if ids is not None:
+        weights = over_all(weights, ids, stack.num_experts)
     dtype = autocast_dtype(x)
     if dtype is None:
         return _sum(x, stack, weights, base_out)
@@ -47,7 +50,7 @@ def _sum(x: Tensor, stack: LoraStack, weights: Tensor, base_out: Tensor | None) 
     start = base_out if base_out is not None and base_out.dtype == x.dtype else None
     columns = None if stack.equal_ranks else stack.column_experts()
     if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad or A.requires_grad or B.requires_grad):
-        out = _Fused.apply(start, x, A, B, weights, stack.scales, columns)
+        out = _Stacked.apply(start, x, A, B, weights, stack.scales, columns)
         assert isinstance(out, Tensor)
     elif _is_short(x):
         spread = stack.spread_scales()
@@ -101,8 +104,8 @@ def _sum_of_experts(product: Tensor, experts: int, columns: Tensor | None) -> Te
     return product @ (columns[:, None] == torch.arange(experts, device=columns.device)).to(product.dtype)
 
 
-class _Fused(Function):
-    """`fused` with gradients: for x, the weights, and the factors if they train."""
+class _Stacked(Function):
+    """`stacked` with gradients: for x, the weights, and the factors if they train."""
 
     @staticmethod
     def forward(
@@ -125,11 +128,7 @@ class _Fused(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        found = _backward(ctx, grads[0])
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            leaf = torch.zeros((), requires_grad=True)
-            found = tuple(g if g is None else _Once.apply(g, leaf) for g in found)
-        return (*found, None, None)
+        return (*once(_backward(ctx, grads[0])), None, None)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,19 +149,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             d_x = dh @ A if for_x else None
             d_A = dh.flatten(0, -2).t() @ kept.flatten(0, -2) if for_A else None
         if for_B:
-            d_B = d.flatten(0, -2).t() @ _gated(h, q, columns).flatten(0, -2)
+            # In the layout of the stack's B, in which autograd keeps it as it is.
+            d_B = (_gated(h, q, columns).flatten(0, -2).t() @ d.flatten(0, -2)).t()
     return (grad if for_start else None), d_x, d_A, d_B, d_weights
 
 
-class _Once(Function):
-    """A gradient, unchanged, that cannot be differentiated again: its derivative would silently be 0."""
+def inner(x: Tensor, stack: LoraStack, direction: Tensor) -> Tensor:
+    """⟨s_e B_e A_e x, direction⟩ of every expert, as (A_e x) · (s_e B_eᵀ direction): no output of an expert is made.
 
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, leaf: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "the fused kernel has a first derivative only: build the mixture with kernel='loop' for second ones"
-        )
+    `x` [B, T, d_in], `direction` [B, T, d_out] → [B, T, n], in the dtype of the scales. Differentiable.
+    """
+    dtype = autocast_dtype(x) or x.dtype
+    with without_autocast(x):
+        low = F.linear(x.to(dtype), stack.A.to(dtype))
+        pull = F.linear(direction.to(dtype), stack.B.to(dtype).t())
+        product = low.to(stack.scales.dtype) * pull
+        columns = None if stack.equal_ranks else stack.column_experts()
+        return _sum_of_experts(product, stack.num_experts, columns) * stack.scales
