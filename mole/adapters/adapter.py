@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+
+# What joins the registry as a method: (config, model) → path of a module → what makes the new layer there, from a
+# source of random numbers. Raises ValueError for a model that the method has no place in.
+Maker = Callable[[torch.Generator], "AdapterLayer"]
+Method = Callable[[Any, nn.Module], dict[str, Maker]]
 
 
 class AdapterWeights(Protocol):
@@ -16,9 +22,44 @@ class AdapterWeights(Protocol):
         """The tensors by their short names."""
         ...
 
-    def layer(self, base: nn.Module, dropout: float) -> AdapterLayer:
-        """A layer on `base` with a float32 copy of these weights. Raises ValueError if the shapes do not fit."""
+    def layer(self, base: nn.Module, dropout: float, model: nn.Module) -> AdapterLayer:
+        """A layer on `base`, a module of `model`, with a float32 copy of these weights.
+
+        Raises ValueError if the shapes do not fit.
+        """
         ...
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Base of the weights of methods other than LoRA. A rank and an alpha are what cards tell of some methods.
+
+    `symbol` stands for the module's path where the method itself knows its place in any backbone (see places.py).
+    """
+
+    rank: ClassVar[int | None] = None
+    alpha: ClassVar[float | None] = None
+
+    @property
+    def symbol(self) -> str | None:
+        return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their short names."""
+        raise NotImplementedError
+
+    def misfit(self, module: nn.Module, model: nn.Module) -> str | None:
+        """Why they cannot be at `module` of `model`; None if they can."""
+        raise NotImplementedError
+
+    def layer(self, base: nn.Module, dropout: float, model: nn.Module) -> AdapterLayer:
+        """As `AdapterWeights.layer`."""
+        if reason := self.misfit(base, model):
+            raise ValueError(reason)
+        return self._layer(base, dropout, model)
+
+    def _layer(self, base: nn.Module, dropout: float, model: nn.Module) -> AdapterLayer:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -72,11 +113,12 @@ class AdapterLayer(nn.Module):
     """Wraps a module of the backbone, neither copied nor changed; unknown attributes are the wrapped module's."""
 
     method: str
-    dropout: nn.Dropout
 
-    def __init__(self, base: nn.Module):
+    def __init__(self, base: nn.Module, dropout: float = 0.0):
         super().__init__()
         self.base = base
+        self.dropout = nn.Dropout(dropout)
+        self.training = self.dropout.training = base.training
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -87,3 +129,8 @@ class AdapterLayer(nn.Module):
     def weights(self) -> Any:
         """The adapter's weights now, copied to the CPU."""
         raise NotImplementedError
+
+
+def trainable(tensor: Tensor, device: torch.device) -> nn.Parameter:
+    """A float32 copy of `tensor` on `device` that gets gradients."""
+    return nn.Parameter(tensor.detach().to(device, torch.float32, copy=True).contiguous())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mole.adapters.adapter import Adapter, AdapterLayer
-from mole.backbones.modules import find_modules, replace_module
+from mole.adapters.places import placed, symbolic
+from mole.backbones.modules import replace_module
 from mole.registry import ADAPTERS, unknown
 
 
@@ -20,18 +22,17 @@ def layers(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def attach(model: nn.Module, config: Any, *, seed: int) -> dict[str, AdapterLayer]:
-    """Wrap the modules that `config.targets` names in new layers of the method `config.name`; all else is frozen.
+    """Wrap the modules that the method `config.name` has its places at in new layers of it; all else is frozen.
 
     The first weights of a module depend on `seed` and on the module's path, on nothing else. Raises ValueError if a
     target finds no module, or one that the method cannot adapt, or if the model has an adapter already.
     """
     _refuse_second(model)
-    build = ADAPTERS[config.name].implementation
     made = {}
-    for path, module in find_modules(model, config.targets).items():
+    for path, make in ADAPTERS[config.name].implementation(config, model).items():
         digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        made[path] = _named(path, build, config, module, generator)
+        made[path] = _named(path, make, generator)
     return _put(model, made)
 
 
@@ -39,9 +40,10 @@ def attach_weights(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer
     """Put a given adapter's weights on `model` (copied, as float32); all else is frozen.
 
     Raises ValueError if the model lacks a module of the adapter, or has it in another shape: then the adapter was made
-    for another backbone. So it does for an adapter that holds more than LoRA factors of linear modules.
+    for another backbone. So it does for a LoRA at other modules than linear ones, and for one with biases.
     """
     _refuse_second(model)
+    adapter = placed(model, adapter)
     if adapter.biases or adapter.full_modules:
         held = [*adapter.biases, *adapter.full_modules]
         raise ValueError(
@@ -53,24 +55,29 @@ def attach_weights(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer
         if path not in modules:
             raise ValueError(f"the adapter is for another backbone: {unknown('module', path, _alike(path, modules))}")
     made = {
-        path: _named(path, weights.layer, modules[path], adapter.dropout) for path, weights in adapter.modules.items()
+        path: _named(path, weights.layer, modules[path], adapter.dropout, model)
+        for path, weights in adapter.modules.items()
     }
     return _put(model, made)
 
 
 def extract(model: nn.Module) -> Adapter:
-    """The adapter that is on `model`, its weights copied to the CPU. Raises ValueError if there is none."""
+    """The adapter that is on `model`, its weights copied to the CPU. Raises ValueError if there is none.
+
+    Weights that have a place in any backbone are under the symbol of it.
+    """
     found = layers(model)
     if not found:
         raise ValueError("the model has no adapter")
     transposed = {isinstance(layer.base, Conv1D) for layer in found.values()}
-    return Adapter(
+    adapter = Adapter(
         method=_method(found),
         modules={path: layer.weights() for path, layer in found.items()},
         dropout=next(iter(found.values())).dropout.p,
-        targets=_short_targets(model, found),
         fan_in_fan_out=transposed == {True},
     )
+    named = symbolic(adapter)
+    return replace(named, targets=_short_targets(model, found) if list(named.modules) == list(found) else ())
 
 
 def detach(model: nn.Module) -> Adapter:
@@ -95,6 +102,7 @@ def _refuse_second(model: nn.Module) -> None:
 
 
 def _named(path: str, build: Any, *args: Any) -> AdapterLayer:
+    """`build(*args)`, with the path in front of its errors."""
     try:
         return build(*args)
     except ValueError as error:

@@ -6,7 +6,9 @@ s = alpha / r, or alpha / √r with `rslora` (Kalajdzievski, 2023, arXiv 2312.03
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,8 +16,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mole.adapters.adapter import AdapterLayer
-from mole.backbones.modules import in_out_features
+from mole.adapters.adapter import AdapterLayer, Maker, trainable
+from mole.backbones.modules import device_of, find_modules, in_out_features
 from mole.registry import ADAPTERS, config_dataclass
 
 
@@ -78,6 +80,11 @@ class LoraWeights:
         return self.A.shape[0]
 
     @property
+    def symbol(self) -> str | None:
+        """None: the path of a module is all that tells its place."""
+        return None
+
+    @property
     def scale(self) -> float:
         """s in y = W x + s B A x."""
         return self.alpha / math.sqrt(self.rank) if self.rslora else self.alpha / self.rank
@@ -93,10 +100,13 @@ class LoraWeights:
         named = {"A": self.A, "B": self.B, "magnitude": self.magnitude, "bias": self.bias}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def layer(self, base: nn.Module, dropout: float) -> LoraLayer:
-        """A layer on `base` with a float32 copy of these factors. Raises ValueError for what is more than A and B."""
-        if self.kind != "linear" or self.magnitude is not None or self.bias is not None:
-            what = "DoRA" if self.magnitude is not None else "lora_bias" if self.bias is not None else self.kind
+    def layer(self, base: nn.Module, dropout: float, model: nn.Module | None = None) -> LoraLayer:
+        """A layer on `base` with a float32 copy of these factors.
+
+        Raises ValueError for shapes that do not fit, and for what is more than A, B and a magnitude.
+        """
+        if self.kind != "linear" or self.bias is not None:
+            what = "lora_bias" if self.bias is not None else self.kind
             raise ValueError(f"an adapter with {what} works in a mixture; it cannot be trained further by itself")
         d_in, d_out = in_out_features(base)
         if (self.A.shape[1], self.B.shape[0]) != (d_in, d_out):
@@ -104,6 +114,10 @@ class LoraWeights:
                 f"the adapter is for a module of {self.A.shape[1]} → {self.B.shape[0]} features, "
                 f"this one has {d_in} → {d_out}"
             )
+        if self.magnitude is not None:
+            from mole.adapters.dora import DoraLayer
+
+            return DoraLayer(base, self, dropout)
         return LoraLayer(base, self, dropout)
 
 
@@ -113,13 +127,10 @@ class LoraLayer(AdapterLayer):
     method = "lora"
 
     def __init__(self, base: nn.Module, weights: LoraWeights, dropout: float = 0.0):
-        super().__init__(base)
-        device = next(base.parameters()).device
-        self.A = nn.Parameter(weights.A.detach().to(device, torch.float32, copy=True).contiguous())
-        self.B = nn.Parameter(weights.B.detach().to(device, torch.float32, copy=True).contiguous())
+        super().__init__(base, dropout)
+        device = device_of(base)
+        self.A, self.B = trainable(weights.A, device), trainable(weights.B, device)
         self.alpha, self.rslora, self.scale = weights.alpha, weights.rslora, weights.scale
-        self.dropout = nn.Dropout(dropout)
-        self.train(base.training)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`x` [..., d_in] → [..., d_out] in the dtype of the base module's output."""
@@ -136,8 +147,26 @@ class LoraLayer(AdapterLayer):
 
 
 @ADAPTERS.register("lora", LoraConfig)
-def new_lora(config: LoraConfig, base: nn.Module, generator: torch.Generator) -> LoraLayer:
-    """A LoRA layer on `base` that does not change its output yet: A random, B zero."""
+def new_lora(config: LoraConfig, model: nn.Module) -> dict[str, Maker]:
+    """LoRA layers that do not change their modules' outputs yet: A random, B zero."""
+    return at_targets(config, model, lambda base, generator: LoraLayer(base, first(config, base, generator)))
+
+
+def at_targets(
+    config: Any, model: nn.Module, new: Callable[[nn.Module, torch.Generator], LoraLayer]
+) -> dict[str, Maker]:
+    """`new` at every module that `config.targets` name, with the dropout of `config`."""
+
+    def make(base: nn.Module, generator: torch.Generator) -> LoraLayer:
+        layer = new(base, generator)
+        layer.dropout.p = config.dropout
+        return layer
+
+    return {path: partial(make, module) for path, module in find_modules(model, config.targets).items()}
+
+
+def first(config: Any, base: nn.Module, generator: torch.Generator, *, rslora: bool | None = None) -> LoraWeights:
+    """The first factors on `base`: A random, B zero. Raises ValueError for a module that is not linear."""
     d_in, d_out = in_out_features(base)
     A = torch.empty(config.rank, d_in)
     if config.init == "gaussian":
@@ -145,5 +174,5 @@ def new_lora(config: LoraConfig, base: nn.Module, generator: torch.Generator) ->
     else:
         bound = 1.0 / math.sqrt(d_in)
         A.uniform_(-bound, bound, generator=generator)
-    weights = LoraWeights(A=A, B=torch.zeros(d_out, config.rank), alpha=config.alpha, rslora=config.rslora)
-    return LoraLayer(base, weights, config.dropout)
+    scaling = config.rslora if rslora is None else rslora
+    return LoraWeights(A=A, B=torch.zeros(d_out, config.rank), alpha=config.alpha, rslora=scaling)

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
+from torch import Tensor
 
+from mole.adapters import peft_ia3, peft_prompts
 from mole.adapters.adapter import Adapter
 from mole.adapters.lora import LoraWeights
-from mole.adapters.peft_settings import MAX_CONFIG_BYTES, patterns, plain_targets, read_settings
+from mole.adapters.peft_settings import MAX_CONFIG_BYTES, patterns, plain_targets, read_plain_settings, read_settings
 from mole.adapters.peft_tensors import named, sort_out
 from mole.untrusted import (
     MAX_WEIGHTS_BYTES,
@@ -52,7 +54,7 @@ def read(folder: str | Path) -> Adapter:
 
 
 def read_folder(folder: str | Path) -> PeftFolder:
-    """A PEFT LoRA folder, each file read once.
+    """A PEFT folder (LoRA, IA3, prefix or prompt tuning), each file read once.
 
     Raises ValueError if it is no PEFT folder, Damaged if a file is not what it should be, and Refused if it holds
     pickles or asks for what mole cannot do.
@@ -69,6 +71,27 @@ def read_folder(folder: str | Path) -> PeftFolder:
 
 def parse(config: bytes, weights: bytes, where: str) -> PeftFolder:
     """The adapter in the bytes of the two files; `where` names them in errors. Raises Damaged or Refused."""
+    plain, notices = read_plain_settings(config, f"{where}/{CONFIG}", _OTHERS)
+    if plain is not None:
+        tensors = safetensors_tensors(weights, f"{where}/{WEIGHTS}")
+        return PeftFolder(_other(plain, tensors, where), plain["base_model_name_or_path"], tuple(notices))
+    return _lora(config, weights, where)
+
+
+def _other(settings: dict[str, Any], tensors: dict[str, Any], where: str) -> Adapter:
+    """An adapter of another method than LoRA."""
+    method, read_tensors, _, _ = _OTHERS[settings["peft_type"]]
+    modules = read_tensors(settings, tensors, f"{where}/{WEIGHTS}")
+    return Adapter(
+        method=method,
+        modules=modules,
+        targets=peft_ia3.plain_targets(settings, list(modules)),
+        fan_in_fan_out=bool(settings.get("fan_in_fan_out", False)),
+        task_type=settings["task_type"],
+    )
+
+
+def _lora(config: bytes, weights: bytes, where: str) -> PeftFolder:
     settings, notices = read_settings(config, f"{where}/{CONFIG}")
     parts = sort_out(safetensors_tensors(weights, f"{where}/{WEIGHTS}"), settings, f"{where}/{WEIGHTS}")
     ranks = patterns(settings, "rank_pattern", f"{where}/{CONFIG}")
@@ -112,10 +135,41 @@ def dump(adapter: Adapter, backbone_name: str | None) -> dict[str, bytes]:
     `backbone_name` is noted in the config as the model that the adapter is for. Raises ValueError for a method that
     PEFT does not know, and for an adapter with DoRA or biases at some of its modules only.
     """
-    if adapter.method != "lora":
+    if adapter.method == "lora":
+        settings, tensors = _config(adapter, backbone_name), named(adapter)
+    else:
+        settings, tensors = _other_config(adapter, backbone_name)
+    text = json.dumps(settings, indent=2, allow_nan=False) + "\n"
+    return {CONFIG: text.encode(), WEIGHTS: save(tensors, metadata={"format": "pt"})}
+
+
+def has_place_for(method: str) -> bool:
+    """Whether PEFT knows the method."""
+    return method == "lora" or method in {row[0] for row in _OTHERS.values()}
+
+
+def _other_config(adapter: Adapter, backbone_name: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of a method other than LoRA. Raises ValueError for one that PEFT does not know."""
+    row = next((item for item in _OTHERS.items() if item[1][0] == adapter.method), None)
+    if row is None:
         raise ValueError(f"PEFT has no place for an adapter of method {adapter.method!r}")
-    text = json.dumps(_config(adapter, backbone_name), indent=2, allow_nan=False) + "\n"
-    return {CONFIG: text.encode(), WEIGHTS: save(named(adapter), metadata={"format": "pt"})}
+    peft_type, (_, _, tensors_of, settings_of) = row
+    common = {
+        "base_model_name_or_path": backbone_name,
+        "inference_mode": True,
+        "peft_type": peft_type,
+        "task_type": adapter.task_type,
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_of(adapter).items()}
+    return dict(sorted({**common, **settings_of(adapter)}.items())), tensors
+
+
+# PEFT's word → the method's name, what reads its tensors, what names them, what else the config says.
+_OTHERS: dict[str, tuple[str, Any, Any, Any]] = {
+    "IA3": ("ia3", peft_ia3.read, peft_ia3.named, peft_ia3.settings_of),
+    "PREFIX_TUNING": ("prefix", peft_prompts.read_prefix, peft_prompts.named, peft_prompts.settings_of),
+    "PROMPT_TUNING": ("prompt", peft_prompts.read_prompt, peft_prompts.named, peft_prompts.settings_of),
+}
 
 
 def _config(adapter: Adapter, backbone_name: str | None) -> dict[str, Any]:

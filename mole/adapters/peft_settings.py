@@ -6,7 +6,7 @@ Only what changes the trained adapter's result matters; how it was found or star
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from mole.adapters.peft_patterns import PatternTable, is_plain
@@ -66,6 +66,42 @@ def read_settings(config: bytes, what: str) -> tuple[dict[str, Any], list[str]]:
             reason = _REASONS.get(key, "mole does not know how to follow it")
             raise Refused(f"{what}: {key} is set to {shown(given[key])}: {reason}")
     return settings, notices
+
+
+def read_plain_settings(config: bytes, what: str, known: Collection[str]) -> tuple[dict[str, Any] | None, list[str]]:
+    """The settings of a config of one of the methods `known`, by PEFT's words, and notices; None: it is another's.
+
+    Raises Damaged for what is no config, Refused for a setting that cannot be followed.
+    """
+    given = strict_json(config, what, max_bytes=MAX_CONFIG_BYTES, max_depth=6)
+    if not isinstance(given, dict) or given.get("peft_type") not in known:
+        return None, []
+    settings = {"task_type": None, "base_model_name_or_path": None, **given}
+    checks = {"task_type": _CHECKS["task_type"], "base_model_name_or_path": _name_or_null}
+    for key, check in checks.items():
+        if problem := check(settings[key]):
+            raise Refused(f"{what}: {key} {problem}, got {shown(settings[key])}")
+    for key, reason in _PLAIN_REASONS.items():
+        if settings.get(key) not in (None, False, [], ""):
+            raise Refused(f"{what}: {key} is set to {shown(settings[key])}: {reason}")
+    odd = sorted(set(given) - _PLAIN_KEYS - set(_PLAIN_REASONS))
+    for key in odd:
+        if given[key] not in (None, False, 0, "", [], {}):
+            raise Refused(f"{what}: {key} is set to {shown(given[key])}: mole does not know how to follow it")
+    return settings, []
+
+
+_PLAIN_REASONS = {
+    "modules_to_save": "whole modules beside such an adapter are not read",
+}
+# Keys of other methods than LoRA that are read, or say nothing about what the trained adapter computes.
+_PLAIN_KEYS = {
+    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "feedforward_modules"),
+    *("encoder_hidden_size", "inference_mode", "init_ia3_weights", "init_weights", "num_attention_heads", "num_layers"),
+    *("num_transformer_submodules", "num_virtual_tokens", "peft_type", "peft_version", "prefix_projection"),
+    *("prompt_tuning_init", "prompt_tuning_init_text", "revision", "target_modules", "task_type", "token_dim"),
+    *("tokenizer_kwargs", "tokenizer_name_or_path"),
+}
 
 
 def plain_targets(settings: dict[str, Any], paths: list[str]) -> tuple[str, ...]:

@@ -98,13 +98,17 @@ def describe(adapter: Adapter, backbone: BackboneFacts, **facts: Any) -> Card:
 
 
 def summary(adapter: Adapter) -> dict[str, Any]:
-    """What a card tells of an adapter: the largest rank, the commonest alpha, the last parts of its modules' paths."""
+    """What a card tells of an adapter: the largest rank, the commonest alpha, the last parts of its modules' paths.
+
+    Rank and alpha are None for methods that have none.
+    """
     parts = list(adapter.modules.values())
-    alphas = Counter(float(part.alpha) for part in parts)
+    ranks = [part.rank for part in parts if part.rank is not None]
+    alphas = Counter(float(part.alpha) for part in parts if part.alpha is not None)
     return {
         "method": adapter.method,
-        "rank": max(part.rank for part in parts),
-        "alpha": min(alphas, key=lambda alpha: (-alphas[alpha], alpha)),
+        "rank": max(ranks, default=None),
+        "alpha": min(alphas, key=lambda alpha: (-alphas[alpha], alpha), default=None),
         "targets": sorted({path.rsplit(".", 1)[-1] for path in adapter.modules}),
         "full_modules": sorted(adapter.full_modules),
         "parameters": adapter.parameters(),
@@ -114,16 +118,14 @@ def summary(adapter: Adapter) -> dict[str, Any]:
 
 def read_adapter(folder: str | Path, card: Card) -> Adapter:
     """The adapter in an expert's folder, as its card says. Raises Damaged, Refused, LibraryError for a mixture."""
-    from mole.adapters import peft_format
+    from mole.adapters import files as adapter_files
 
     if card.kind != "adapter":
         raise LibraryError(
             f"{folder} is a {card.kind}, not an adapter: use it as the model of mole evaluate or generate"
         )
     files = folders.verified_files(folder, card)
-    if peft_format.CONFIG not in files:
-        raise LibraryError(f"{folder}: an adapter of method {card.adapter['method']!r} needs a newer mole")  # type: ignore[index]
-    adapter = peft_format.parse(files[peft_format.CONFIG], files[peft_format.WEIGHTS], str(folder)).adapter
+    adapter = adapter_files.parse(files, str(folder)).adapter
     if summary(adapter) != card.adapter:
         wrong = [key for key, value in summary(adapter).items() if value != card.adapter[key]]  # type: ignore[index]
         raise Damaged(f"{folder}: the card's summary does not fit the files (adapter.{wrong[0]})")
@@ -180,6 +182,6 @@ def _import(path: Path) -> Expert:
 
 
 def _files(adapter: Adapter, backbone_name: str) -> dict[str, bytes]:
-    from mole.adapters import peft_format
+    from mole.adapters import files
 
-    return peft_format.dump(adapter, backbone_name)
+    return files.dump(adapter, backbone_name)

@@ -1,0 +1,110 @@
+"""mole's own folder format, for methods that PEFT has not: `mole_adapter.json` and `adapter_model.safetensors`.
+
+The tensors are named `<path of the module>.<short name>`; the rest of what is to be known of a module is in the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from mole.adapters.adapter import Adapter
+from mole.adapters.bottleneck import BottleneckWeights
+from mole.adapters.peft_patterns import is_plain
+from mole.untrusted import Damaged, Refused, safetensors_tensors, shown, strict_json
+
+CONFIG = "mole_adapter.json"
+WEIGHTS = "adapter_model.safetensors"
+FORMAT = 1
+MAX_CONFIG_BYTES = 4 << 20
+_WEIGHTS = {"bottleneck": BottleneckWeights}
+_KEYS = {"backbone", "dropout", "format", "method", "modules", "targets", "task_type"}
+
+
+def dump(adapter: Adapter, backbone_name: str | None) -> dict[str, bytes]:
+    """The two files, name → bytes; equal adapters give equal bytes. Raises ValueError for a method that is not here."""
+    if adapter.method not in _WEIGHTS:
+        raise ValueError(f"there is no format for an adapter of method {adapter.method!r}")
+    kind = _WEIGHTS[adapter.method]
+    told = [field.name for field in fields(kind) if field.type != "Tensor"]
+    node = {
+        "backbone": backbone_name,
+        "dropout": adapter.dropout,
+        "format": FORMAT,
+        "method": adapter.method,
+        "modules": {path: {name: getattr(part, name) for name in told} for path, part in adapter.modules.items()},
+        "targets": list(adapter.targets),
+        "task_type": adapter.task_type,
+    }
+    text = json.dumps(node, indent=1, allow_nan=False) + "\n"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors().items()}
+    return {CONFIG: text.encode(), WEIGHTS: save(tensors, metadata={"format": "pt"})}
+
+
+def parse(config: bytes, weights: bytes, where: str) -> tuple[Adapter, str | None]:
+    """The adapter in the bytes of the two files, and the name of its backbone. Raises Damaged or Refused."""
+    what = f"{where}/{CONFIG}"
+    node = strict_json(config, what, max_bytes=MAX_CONFIG_BYTES, max_depth=6)
+    if not isinstance(node, dict) or set(node) != _KEYS:
+        raise Damaged(f"{what}: not an object with {', '.join(sorted(_KEYS))}")
+    if node["format"] != FORMAT or node["method"] not in _WEIGHTS:
+        raise Refused(
+            f"{what}: format {shown(node['format'])}, method {shown(node['method'])} needs another version of mole; "
+            f"this one reads format {FORMAT}, {', '.join(_WEIGHTS)}"
+        )
+    _check(node, what)
+    tensors = safetensors_tensors(weights, f"{where}/{WEIGHTS}")
+    adapter = Adapter(
+        method=node["method"],
+        modules=_modules(node, tensors, what),
+        dropout=float(node["dropout"]),
+        targets=tuple(node["targets"]),
+        task_type=node["task_type"],
+    )
+    return adapter, node["backbone"]
+
+
+def _check(node: dict[str, Any], what: str) -> None:
+    good = {
+        "dropout": type(node["dropout"]) in (int, float) and 0 <= node["dropout"] < 1,
+        "targets": isinstance(node["targets"], list)
+        and all(isinstance(t, str) and is_plain(t) for t in node["targets"]),
+        "task_type": node["task_type"] is None or isinstance(node["task_type"], str),
+        "backbone": node["backbone"] is None or isinstance(node["backbone"], str),
+        "modules": isinstance(node["modules"], dict) and bool(node["modules"]),
+    }
+    if wrong := [key for key, is_good in good.items() if not is_good]:
+        raise Damaged(f"{what}: {wrong[0]} is {shown(node[wrong[0]])}")
+
+
+def _modules(node: dict[str, Any], tensors: dict[str, Tensor], what: str) -> dict[str, Any]:
+    kind = _WEIGHTS[node["method"]]
+    names = [field.name for field in fields(kind) if field.type == "Tensor"]
+    told = {field.name for field in fields(kind)} - set(names)
+    rest, found = dict(tensors), {}
+    for path, facts in node["modules"].items():
+        if not is_plain(path) or not isinstance(facts, dict) or set(facts) != told:
+            raise Damaged(f"{what}: modules: {shown(path)} needs {', '.join(sorted(told))}")
+        parts = {name: rest.pop(f"{path}.{name}", None) for name in names}
+        if missing := [name for name, tensor in parts.items() if tensor is None]:
+            raise Damaged(f"{what}: {path} has no tensor {missing[0]}")
+        found[path] = _made(kind, parts, facts, f"{what}: {path}")
+    if rest:
+        raise Refused(f"{what}: tensor {shown(min(rest))} belongs to no module")
+    return found
+
+
+def _made(kind: Any, parts: dict[str, Any], facts: dict[str, Any], where: str) -> Any:
+    scale = facts.get("scale", 1.0)
+    if type(scale) not in (int, float) or not 0 < scale <= 1e9:
+        raise Damaged(f"{where}: scale is {shown(scale)}")
+    if any(not isinstance(value, str) for name, value in facts.items() if name != "scale"):
+        raise Damaged(f"{where}: {shown(facts)}")
+    try:
+        return kind(**parts, **{**facts, "scale": float(scale)})
+    except ValueError as error:
+        raise Damaged(f"{where}: {error}") from None
