@@ -40,6 +40,22 @@ _TABLE = (
         examples=("mole build-moe library=outputs/library router=uniform",),
     ),
     Command(
+        "edit-moe",
+        "add, remove or replace experts of a saved mixture; its router keeps what it has learned",
+        "mix",
+        ("mixture",),
+        ("mole edit-moe outputs/build-moe/<run> library=outputs/library add=[sums]",),
+    ),
+    Command(
+        "merge",
+        "many experts → one, or a mixture → one expert where that is exact",
+        "mix",
+        examples=(
+            "mole merge library=outputs/library method=ties name=all",
+            "mole merge mixture=outputs/build-moe/<run> backbone=tiny name=soup",
+        ),
+    ),
+    Command(
         "generate",
         "text from an expert or a mixture",
         "mix",
