@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mole.mixtures.fitting import Fit, fitted
@@ -60,7 +59,7 @@ class MixtureLayer(nn.Module):
         fitting, rows = fitted(routing, x, base_out, self.fit, frame)
         if self.router is not None and "outputs" in self.router.needs and frame.fixed is None:
             # What such a router does to the experts' share is its own; the module's output takes no part in it.
-            share = parts["bank"](torch.zeros_like(base_out), rows, fitting)  # type: ignore[misc]
+            share = parts["bank"].delta(base_out, rows, fitting)  # type: ignore[union-attr]
             return base_out + self.router.value(share)  # type: ignore[operator]
         return parts["bank"](base_out, rows, fitting)  # type: ignore[misc]
 
