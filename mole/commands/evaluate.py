@@ -115,5 +115,8 @@ def _score(model: MultiExpertModel, samples: Sequence[Sample], backbone: Backbon
         tokenizer,
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
-        inputs=lambda chosen: {"task_names": [sample.task for sample in chosen]},
+        inputs=lambda chosen: {
+            "task_names": [sample.task for sample in chosen],
+            "texts": [sample.prompt for sample in chosen],
+        },
     )

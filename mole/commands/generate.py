@@ -185,6 +185,7 @@ def _generated(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             task_names=None if None in tasks else tasks,
+            texts=[prompt.text for prompt in chosen],
             max_new_tokens=config.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=end_ids(model, tokenizer),

@@ -24,7 +24,8 @@ def collate(samples: Sequence[Sample], pad_token_id: int, padding_side: str = "r
     """One padded batch of B samples, T tokens long (the longest sample).
 
     Returns `input_ids`, `attention_mask` and `labels` (int64 [B, T]; labels are -100 on prompts and padding),
-    `prompt_mask` (bool [B, T]: a real token that is not supervised) and `task_names` (a list of B names).
+    `prompt_mask` (bool [B, T]: a real token that is not supervised), `task_names` and `texts` (lists of B names and B
+    prompts).
     Padding is told from real tokens by position, so a padding token that is also the end-of-sequence token is safe.
     """
     if padding_side not in ("left", "right"):
@@ -47,4 +48,5 @@ def collate(samples: Sequence[Sample], pad_token_id: int, padding_side: str = "r
         "labels": labels,
         "prompt_mask": attention_mask.bool() & (labels == IGNORED),
         "task_names": [sample.task for sample in samples],
+        "texts": [sample.prompt for sample in samples],
     }

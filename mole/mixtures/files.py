@@ -219,8 +219,16 @@ def _trained_state(model: MultiExpertModel) -> dict[str, torch.Tensor]:
 
 def _load_router(model: MultiExpertModel, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     state = _trained_state(model)
-    wanted = {name: tuple(parameter.shape) for name, parameter in state.items()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    open_shapes = {
+        f"{site}.{name}" if site else name for site, router in model.routers().items() for name in router.open_shapes
+    }
+
+    def shape(name: str, tensor: torch.Tensor) -> tuple:
+        kind = "real" if tensor.is_floating_point() else str(tensor.dtype)
+        return (kind, tensor.dim() if name in open_shapes else tuple(tensor.shape))
+
+    wanted = {name: shape(name, parameter) for name, parameter in state.items()}
+    given = {name: shape(name, tensor) for name, tensor in tensors.items()}
     if wanted != given:
         odd = sorted(name for name in {*wanted, *given} if wanted.get(name) != given.get(name))
         shown = "; ".join(
@@ -229,3 +237,8 @@ def _load_router(model: MultiExpertModel, tensors: Mapping[str, torch.Tensor], f
         raise Damaged(f"{folder / ROUTER}: the tensors are not this router's ({shown})")
     for name, tensor in tensors.items():
         state[name].data = tensor.to(state[name].device)
+    for router in model.routers().values():
+        try:
+            router.check_state()
+        except ValueError as error:
+            raise Damaged(f"{folder / ROUTER}: {error}") from None

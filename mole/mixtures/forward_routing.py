@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,8 @@ def route(model: Any, frame: Frame, inputs: dict[str, Any]) -> TwoStreamCache | 
             raise ValueError("this cache was filled under a routing pass: it cannot go on without one")
         if router is not None:
             rows = batch_rows(inputs)
+            if "embeddings" in router.needs:
+                frame.inputs = replace(frame.inputs, embeddings=_embeddings(model, inputs))
             routed = kept(frame, "", rows, partial(router, None, frame)) if router.keeps else router(None, frame)
             frame.routings = placed(model, routed, rows)
         return None
@@ -46,6 +49,12 @@ def route(model: Any, frame: Frame, inputs: dict[str, Any]) -> TwoStreamCache | 
     if pair is not None:
         inputs["past_key_values"] = pair.mixture
     return pair
+
+
+def _embeddings(model: Any, inputs: dict[str, Any]) -> Tensor | None:
+    if inputs.get("inputs_embeds") is not None or inputs.get("input_ids") is None:
+        return inputs.get("inputs_embeds")
+    return model.backbone.get_input_embeddings().weight.detach()[inputs["input_ids"]]
 
 
 def _routing_pass(model: Any, router: Router, inputs: dict[str, Any], pair: TwoStreamCache | None) -> Tensor:

@@ -97,9 +97,10 @@ class Router(nn.Module):
     `learned` whether it has parameters, which a run must train before it means anything.
     `needs` what the caller must give: names of `RoutingInputs`, of which `hidden_states` asks for a routing pass;
             `experts`: their weights, once after building; `prototypes`: made from data before the mixture is used;
-            `outputs`: the experts' share in a direction, see `MixtureLayer`.
+            `outputs`: the experts' share in a direction, see `MixtureLayer`; `embeddings`: those of the input ids.
     `keeps` its values per example are made while the prompt is read, and stay while `generate` goes on.
     `expert_axes` name in the state → its axis over the experts.
+    `open_shapes` names in the state whose shape data decided: a saved one is taken as it is, and checked afterwards.
 
     A router of scope `layer` is built with `input_dim`, the width of its module's input, and the `sites` it serves.
     What `state_dict()` holds is saved and loaded with the mixture.
@@ -110,6 +111,7 @@ class Router(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()
     keeps: ClassVar[bool] = False
     expert_axes: ClassVar[Mapping[str, int]] = {}
+    open_shapes: ClassVar[frozenset[str]] = frozenset()
     # Blocks of the features that have weights of their own; the widths of all modules must be multiples.
     num_splits: int = 1
     # Whether the routing of a token depends on later ones: not for backbones that read from left to right.
@@ -139,6 +141,9 @@ class Router(nn.Module):
         Called once, when the router is new; a saved router has what it took in its state.
         """
         raise NotImplementedError
+
+    def check_state(self) -> None:
+        """Raises ValueError if a state was loaded that no router of this config over these experts has."""
 
     def mergeable(self) -> Tensor | tuple[Tensor, ...]:
         """The weights [E] that every token gets, or one such tensor for each site; ValueError if tokens differ."""

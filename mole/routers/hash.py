@@ -77,6 +77,11 @@ class HashRouter(Router):
             load[least] += counts[token]
         self.table = table.to(self.table.device)
 
+    def check_state(self) -> None:
+        """Raises ValueError for a table of other experts."""
+        if len(self.table) and not NOBODY <= int(self.table.min()) <= int(self.table.max()) < self.shape.num_experts:
+            raise ValueError("the table of tokens names experts that the mixture does not have")
+
     def carry(self, old: Any) -> None:
         """The table, for the experts that are still there; tokens of others go by the hash."""
         names = self.shape.expert_names

@@ -133,6 +133,19 @@ class PredictorRouter(Router):
         for name in ("into", "into_bias", "out", "out_bias"):
             setattr(self, name, layers[name].detach().to(self.examples))
 
+    def check_state(self) -> None:
+        """Raises ValueError for texts of other tasks, or tensors that do not fit each other."""
+        classes, known = len(self.tasks), len(self.labels)
+        fits = known == len(self.examples)
+        fits = fits and (not known or 0 <= int(self.labels.min()) <= int(self.labels.max()) < classes)
+        if self.config.encoder == "tfidf" and known:
+            fits = fits and self.frequencies.shape[0] == self.examples.shape[1] == self.config.features
+        if len(self.out):
+            fits = fits and self.into.shape == (len(self.into_bias), self.examples.shape[1])
+            fits = fits and self.out.shape == (classes, len(self.into_bias)) and len(self.out_bias) == classes
+        if not fits:
+            raise ValueError("what the predictor knows does not fit the tasks of these experts")
+
     def carry(self, old: Any) -> None:
         """What is known of the tasks that both have; a classifier only if they are the same."""
         self.frequencies = old.frequencies.clone()

@@ -94,6 +94,14 @@ class SpectralRouter(LowRankRouter):
         # A square root has no slope at 0: there the gradient is 0.
         return summed.clamp_min(torch.finfo(summed.dtype).tiny).sqrt()
 
+    def check_state(self) -> None:
+        """Raises ValueError for matrices of other experts."""
+        fits = len(self.owners) == len(self.matrices) and self.matrices.shape[1] == self.input_dim
+        if len(self.owners):
+            fits = fits and 0 <= int(self.owners.min()) <= int(self.owners.max()) < self.shape.num_experts
+        if not fits:
+            raise ValueError("the matrices of the router are not those of these experts")
+
     def take_calibration(self, statistics: Mapping[int, tuple[float, float]]) -> None:
         """Mean and standard deviation of the norms over a dataset, by mixture index."""
         for expert, (mean, deviation) in statistics.items():

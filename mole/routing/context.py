@@ -27,6 +27,7 @@ class RoutingInputs:
     `attention_mask` [B, T], 1 at valid tokens.
     `prompt_mask`    bool [B, T], true at valid tokens of the prompt.
     `hidden_states`  [B, T, H], last hidden state of the routing pass.
+    `embeddings`     [B, T, H], the backbone's embeddings of the input ids, without what experts add to them.
     `encoder_states` [B, S, H], what the encoder of this forward gave to the decoder.
     """
 
@@ -36,6 +37,7 @@ class RoutingInputs:
     attention_mask: Tensor | None = None
     prompt_mask: Tensor | None = None
     hidden_states: Tensor | None = None
+    embeddings: Tensor | None = None
     encoder_states: Tensor | None = None
 
     def over(self, outer: RoutingInputs | None) -> RoutingInputs:

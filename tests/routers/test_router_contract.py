@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mole.routers  # noqa: F401  fills the registry
+from mole.adapters import LoraWeights
 from mole.registry import ROUTERS
 from mole.routers import MixtureShape
 from mole.routing import Frame, Routing, RoutingInputs
@@ -19,13 +20,48 @@ GIVEN = {field.name for field in dataclasses.fields(RoutingInputs)}  # needs tha
 VARIANTS = [pytest.param(variant, id=variant.name) for variant in ROUTERS]
 
 
+# Fields that a config requires, by name; what a router has to be given before it routes, by need.
+REQUIRED = {"expert": "a"}
+
+
+def lora(seed) -> LoraWeights:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, DIM, generator=generator), torch.randn(DIM, 2, generator=generator)
+    return LoraWeights(A=a, B=b, alpha=3.0)
+
+
+def take_data(router) -> None:
+    """What the router makes of data: a prototype of each expert, or texts of each task."""
+    if hasattr(router, "take_prototypes"):
+        router.take_prototypes(dict(enumerate(torch.randn(3, DIM, generator=torch.Generator().manual_seed(5)))))
+        return
+    router.learn_frequencies(["a sum", "a word", "a date"])
+    router.take_examples({task: router.embedded([f"a {task} word"]) for task in router.tasks})
+
+
+READY = {"experts": lambda router: router.take_experts([{e: lora(e) for e in range(3)}]), "prototypes": take_data}
+
+
+def config_of(variant):
+    fields = variant.config.__pydantic_fields__
+    return variant.config(**{name: REQUIRED[name] for name, field in fields.items() if field.is_required()})
+
+
 def build(variant, seed=0):
+    """The router over three experts, with all that it needs before its first forward."""
+    router = unprepared(variant, seed)
+    for need in sorted(router.needs & READY.keys()):
+        READY[need](router)
+    return router
+
+
+def unprepared(variant, seed=0):
     torch.manual_seed(seed)
     scope = variant.implementation.scope
     options = {"input_dim": DIM, "sites": SHAPE.sites[:1]} if scope == "layer" else {}
     if "outputs" in variant.implementation.needs:
         options["output_dim"] = DIM
-    return variant.implementation(variant.config(), SHAPE, **options).eval()
+    return variant.implementation(config_of(variant), SHAPE, **options).eval()
 
 
 def inputs_for(x) -> RoutingInputs:
@@ -34,10 +70,11 @@ def inputs_for(x) -> RoutingInputs:
     return RoutingInputs(
         task_names=("one", "four")[:rows],
         texts=("a sum", "a word")[:rows],
-        input_ids=torch.arange(rows * length).view(rows, length),
+        input_ids=100 * torch.arange(rows)[:, None] + torch.arange(length),
         attention_mask=torch.ones(rows, length, dtype=torch.int64),
         prompt_mask=(torch.arange(length) < 2).expand(rows, length),
         hidden_states=x,
+        embeddings=x,
     )
 
 
@@ -100,6 +137,14 @@ def test_a_missing_input_is_an_error_that_names_it(variant):
     for need in router.needs & GIVEN:
         with pytest.raises(ValueError, match=need):
             route(router, hidden(), RoutingInputs())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_router_made_from_data_says_so_before_it_has_seen_any(variant):
+    router = unprepared(variant)
+    if "prototypes" in router.needs:
+        with pytest.raises(ValueError, match=f"mole build-moe router={variant.name} dataset="):
+            route(router, hidden())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
