@@ -86,7 +86,8 @@ class MixtureLayer(nn.Module):
         rows = x[None] if x.dim() == 2 else x
         if "outputs" in router.needs:
             inner = partial(self.bank.inner, base_out, rows)
-            return router(rows, frame, outputs=base_out.reshape(*rows.shape[:-1], -1), inner=inner)
+            outputs = base_out.reshape(*rows.shape[:-1], -1)
+            return router(rows, frame, outputs=outputs, inner=inner, present=self.bank.present)
         if not router.keeps:
             return router(rows, frame)
         return kept(frame, self.fit.site, len(rows), partial(router, rows, frame))

@@ -20,6 +20,6 @@ def kept(frame: Frame, place: str, rows: int, make: Callable[[], Routing]) -> Ro
                 "or pass the whole text"
             )
         return make()
-    if not frame.goes_on or place not in frame.kept:
+    if place not in frame.kept:  # without a cache, later forwards hold more than the prompt
         frame.kept[place] = make()
     return frame.kept[place].for_rows(rows)

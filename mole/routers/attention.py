@@ -8,7 +8,7 @@ u_e is never made for all experts: q · W_k u_e = ⟨W_kᵀ q, u_e⟩, which the
 bias of the keys would be the same for all experts. W_v acts on the sum.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -66,18 +66,23 @@ class AttentionRouter(Router):
             self.values = nn.Parameter(torch.eye(output_dim))
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, frame: Frame, *, outputs: Tensor, inner: Callable[[Tensor], Tensor]
+        self, x: Tensor, frame: Frame, *, outputs: Tensor, inner: Callable[[Tensor], Tensor], present: Sequence[int]
     ) -> Routing:
         """`x` [B, T, d_in], `outputs` [B, T, d_out] of the module → weights [B, T, E].
 
-        `inner` takes directions [B, T, d_out] to ⟨what expert e adds, direction⟩, [B, T, E].
+        `inner` takes directions [B, T, d_out] to ⟨what expert e adds, direction⟩, [B, T, E]; `present` are the experts
+        that add something here. The others are not attended to, or with missing=drop score 0.
         """
         config = self.config
         with without_autocast(x):
             asked = self.queries(outputs if config.query == "output" else x)
             logits = at_least_float32(inner(asked @ at_least_float32(self.keys).to(asked.dtype))) / config.temperature
-            weights = torch.softmax(dropped(logits, config.expert_dropout, self.training), dim=-1)
-            weights = F.dropout(weights, config.dropout, self.training)
+            all_here = config.missing == "drop" or len(present) == self.shape.num_experts
+            here = torch.arange(self.shape.num_experts) if all_here else torch.tensor(present)
+            here = here.to(logits.device)
+            kept = dropped(logits.index_select(-1, here), config.expert_dropout, self.training)
+            attention = F.dropout(torch.softmax(kept, dim=-1), config.dropout, self.training)
+            weights = torch.zeros_like(logits).index_copy(-1, here, attention)
             if self.training and config.value and config.value_reg:
                 frame.penalise("value_reg", self.sites[0], config.value_reg * self._change().square().sum())
         return Routing(weights, logits=logits)

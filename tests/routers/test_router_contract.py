@@ -83,7 +83,8 @@ def asked(x) -> dict:
     generator = torch.Generator().manual_seed(11)
     base, *experts = torch.randn(1 + SHAPE.num_experts, DIM, DIM, generator=generator)
     made = torch.stack([x @ expert.T for expert in experts], dim=-2)
-    return {"outputs": x @ base.T, "inner": lambda direction: (made * direction[..., None, :]).sum(-1)}
+    inner = lambda direction: (made * direction[..., None, :]).sum(-1)  # noqa: E731
+    return {"outputs": x @ base.T, "inner": inner, "present": range(SHAPE.num_experts)}
 
 
 def route(router, x, inputs=None) -> list[Routing]:
