@@ -21,9 +21,10 @@ _FILES = (
     "table.md",
     "table.csv",
     "generations.jsonl",
+    "probes.jsonl",
     "merge.json",
 )
-_FOLDERS = ("checkpoints", "expert", "mixture", "scalings", "plots")
+_FOLDERS = ("checkpoints", "expert", "mixture", "preparing", "scalings", "plots")
 STATUSES = ("preparing", "running", "finished", "stopped", "failed")
 
 
@@ -62,11 +63,13 @@ class RunFolder:
     checkpoints = property(lambda self: self.path / "checkpoints", doc="step-<N>/ folders of resumable state.")
     expert = property(lambda self: self.path / "expert", doc="A plain PEFT folder with its card.")
     mixture = property(lambda self: self.path / "mixture", doc="A saved mixture.")
+    preparing = property(lambda self: self.path / "preparing", doc="What a router was trained on before it was used.")
     scalings = property(lambda self: self.path / "scalings", doc="The routing log.")
     plots = property(lambda self: self.path / "plots", doc="Pictures.")
     evaluation = property(lambda self: self.path / "evaluation.json", doc="The table of scores, as data.")
     table_md = property(lambda self: self.path / "table.md", doc="The table of scores, in Markdown.")
     table_csv = property(lambda self: self.path / "table.csv", doc="The table of scores, for spreadsheets.")
+    probes = property(lambda self: self.path / "probes.jsonl", doc="One JSON object for each probe of a search.")
     generations = property(lambda self: self.path / "generations.jsonl", doc="Prompts and what was generated.")
     merge = property(lambda self: self.path / "merge.json", doc="What each module lost when experts became one.")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from mole.backbones.modules import in_out_features
 from mole.routers import GateConfig, GateRouter, Router
+from mole.routing import Frame
 
 
 @contextmanager
@@ -47,17 +48,19 @@ def _adapts(model: Any, site: str, gate: GateRouter, expert: str) -> bool:
 
 
 class MeanGate:
-    """Listens to a mixture and takes the mean of one expert's weights over valid tokens and modules."""
+    """Observes a mixture and takes the mean weight of the only expert that works, over valid tokens and `sites`."""
 
-    def __init__(self, expert: int):
-        self.expert, self.total, self.count = expert, 0.0, 0
+    def __init__(self, sites: Iterable[str]):
+        self.sites, self.total, self.count = tuple(sites), 0.0, 0
 
-    def record(self, scalings: torch.Tensor, *, mask: torch.Tensor | None, **facts: Any) -> None:
-        """As `Listener.record`."""
-        values = scalings[..., self.expert].float()
-        valid = torch.ones_like(values) if mask is None else mask.to(values)[..., None].expand_as(values)
-        self.total += float((values * valid).sum())
-        self.count += int(valid.sum())
+    def observe(self, frame: Frame, phase: str) -> None:
+        """As `Observer.observe`."""
+        mask = frame.inputs.attention_mask
+        for site in self.sites:
+            gates = frame.seen[site].weights[..., 0].float()
+            valid = torch.ones_like(gates) if mask is None else mask.to(gates)
+            self.total += float((gates * valid).sum())
+            self.count += int(valid.sum())
 
     @property
     def mean(self) -> float:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from mole.backbones.modules import in_out_features, reads_left_to_right
+from mole.mixtures.call_mixture import check_calls
 from mole.mixtures.encoder_decoder import is_one
 from mole.mixtures.groups import groups_of
+from mole.mixtures.subtraction import subtract
 from mole.registry import ROUTERS
 from mole.routers import Router
 
@@ -18,12 +20,14 @@ def build_router(model: Any) -> None:
     """
     config = model.router_config
     build: Any = ROUTERS[config.name].implementation
+    check_calls(config.name, build, model.layers)
     if build.scope == "model":
         model.router = build(config, model.shape).to(model.device)
     else:
         model.groups = groups_of(model.sites, config)
         for group, sites in model.groups.items():
             _build_for_layers(model, build, group, sites)
+    subtract(model)
     combine, missing = getattr(config, "combine", "outputs"), getattr(config, "missing", "drop")
     for site, layer in model.layers.items():
         try:
@@ -44,17 +48,17 @@ def _build_for_layers(model: Any, build: Any, group: str, sites: tuple[str, ...]
                 "(embedding, convolution or whole module) cannot be read: use a router for the whole model"
             )
     owner = model.layers[sites[0]]
-    width, made = in_out_features(owner.base)
+    width, made = _widths(owner)
     place: dict[str, Any] = {"input_dim": width, "sites": sites}
     if "outputs" in build.needs:
         place["output_dim"] = made
     owner.router = router = build(model.router_config, model.shape, **place).to(model.device)
     _check_reading(model, router)
     for site in sites if router.num_splits > 1 else ():
-        if any(size % router.num_splits for size in in_out_features(model.layers[site].base)):
+        if any(size % router.num_splits for size in _widths(model.layers[site])):
             raise ValueError(
                 f"router.num_splits={router.num_splits} cuts the inputs and outputs of each module in as many equal "
-                f"blocks, and those of {site} are {in_out_features(model.layers[site].base)}: choose a divisor of both"
+                f"blocks, and those of {site} are {_widths(model.layers[site])}: choose a divisor of both"
             )
     for site in sites if len(sites) > 1 else ():
         model.layers[site].group = group
@@ -79,3 +83,8 @@ def _weights_at(model: Any, site: str) -> dict[int, Any]:
     bank = model.layers[site].bank
     found = {index: bank.weights(index) for index in range(model.shape.num_experts)}
     return {index: weights for index, weights in found.items() if weights is not None}
+
+
+def _widths(layer: Any) -> tuple[int, int]:
+    """Features of the input and the output of the mixed module."""
+    return layer.fit.widths or in_out_features(layer.base)

@@ -6,10 +6,11 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 SIZES = (3, 4, 5)  # of the n-grams, in characters
@@ -68,3 +69,21 @@ class SentenceEncoder:
 
     def __reduce__(self):
         return (SentenceEncoder, (self.name,))
+
+
+class TextClassifier(nn.Module):
+    """Embeddings [B, D] → scores of C classes, by one hidden layer of width h; what the one training loop trains."""
+
+    def __init__(self, width: int, hidden: int, classes: int):
+        super().__init__()
+        self.into, self.out = nn.Linear(width, hidden), nn.Linear(hidden, classes)
+
+    def forward(self, embeddings: Tensor) -> Any:
+        """→ an object with `logits` [B, 2, C]: the scores, as of a sequence whose second token is the class."""
+        scores = self.out(F.relu(self.into(embeddings)))
+        return SimpleNamespace(logits=torch.stack([scores, torch.zeros_like(scores)], dim=1))
+
+    def layers(self) -> dict[str, Tensor]:
+        """The layers by the names that a predictor keeps them under."""
+        into, out = self.into, self.out
+        return {"into": into.weight, "into_bias": into.bias, "out": out.weight, "out_bias": out.bias}
