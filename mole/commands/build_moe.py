@@ -14,13 +14,16 @@ from pydantic import Field
 from mole import backbones, data, mixtures
 from mole.analysis import MissingExtra, plot_run
 from mole.backbones import Backbone
+from mole.commands.preparing import prepare
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
 from mole.data import DataSplits, Sample
 from mole.evaluation import Validation, check_reloaded, mean_loss
 from mole.experts import Expert, ExpertLibrary
 from mole.mixtures import MultiExpertModel
+from mole.mixtures.growing import carry, take_apart
 from mole.mixtures.hidden_store import HiddenStore, store_bytes
+from mole.mixtures.prototype_data import needs_data
 from mole.registry import BACKBONES, DATASETS, LIBRARIES, OPTIMIZERS, ROUTERS, SCHEDULES, TRACKERS, config_dataclass
 from mole.routing.log import RoutingLog
 from mole.routing.losses import check_losses
@@ -47,9 +50,10 @@ class BuildMoe:
     launcher: LauncherConfig
     datasets: dict[str, DATASETS.union()] = dataclasses.field(default_factory=dict)  # type: ignore[valid-type]
     name: str = "mixture"
+    start_from: str | None = None
     experts: tuple[str, ...] | None = None
     train: Literal["router", "experts", "both"] = "router"
-    kernel: Literal["auto", "loop", "stacked"] = "auto"
+    kernel: Literal["auto", "loop", "stacked", "grouped", "segments", "folded"] = "auto"
     allow_other_backbone: bool = False
     losses: dict[str, float] = dataclasses.field(default_factory=dict)
     keep_hidden_states: Literal["float32", "bfloat16"] | None = None
@@ -60,7 +64,7 @@ class BuildMoe:
     run: RunConfig
 
     def __post_init__(self):
-        if self.learns and not self.datasets:
+        if (self.learns or needs_data(self.router)) and not self.datasets:
             chosen_datasets(self)
         check_losses(self.losses)
         if self.losses and not ROUTERS[self.router.name].implementation.learned:  # type: ignore[attr-defined]
@@ -97,6 +101,9 @@ def run(config: BuildMoe) -> float | None:
     datasets = data.load_many(chosen, backbone.tokenizer, seed=config.seed, context_length=backbone.context_length)
     collate = partial(data.collate, pad_token_id=backbone.tokenizer.pad_token_id)
     log = RoutingLog(model.sites, model.expert_names)
+    if needs_data(config.router):
+        samples = data.joined(datasets.values(), "train")
+        run.update(prepared=prepare(model, samples, collate, config.training, accelerator, run))
     result = None
     if config.learns:
         listener = TrainingForwards(log, config.log_every) if accelerator.is_main_process else None
@@ -164,10 +171,15 @@ def _keeping(model: MultiExpertModel, config: BuildMoe, datasets: dict[str, Data
 
 
 def _mixture(config: BuildMoe, backbone: Backbone, experts: dict[str, Expert]) -> MultiExpertModel:
-    """The mixture with a router at its seeded start."""
+    """The mixture with a router at its seeded start, or with what that of another mixture has learned."""
+    parts = None
+    if config.start_from is not None:
+        parts = take_apart(mixtures.load_mixture(mixtures.mixture_folder(config.start_from), backbone))
+        if parts.router_config != config.router:
+            raise ValueError(f"start_from: the router of {config.start_from} has other settings than router=…")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for("init", config.seed))
-        return mixtures.mixture_of(
+        model = mixtures.mixture_of(
             experts,
             backbone,
             config.router,
@@ -175,6 +187,9 @@ def _mixture(config: BuildMoe, backbone: Backbone, experts: dict[str, Expert]) -
             train=config.train if config.learns else "none",
             allow_other_backbone=config.allow_other_backbone,
         )
+    if parts is not None:
+        carry(model, parts)
+    return model
 
 
 def _train(

@@ -5,7 +5,7 @@ from mole.mixtures.banks import LoraBank
 from mole.mixtures.cache import TwoStreamCache
 from mole.mixtures.files import Origin, load_mixture, origins_of, save_mixture
 from mole.mixtures.model import MultiExpertModel
-from mole.mixtures.opening import experts_of, mixture_of, open_model, pinned
+from mole.mixtures.opening import experts_of, mixture_folder, mixture_of, open_model, pinned
 from mole.mixtures.wrapping import MixtureOptions
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "TwoStreamCache",
     "experts_of",
     "load_mixture",
+    "mixture_folder",
     "mixture_of",
     "open_model",
     "origins_of",

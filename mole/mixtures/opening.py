@@ -22,9 +22,8 @@ def open_model(place: str, backbone: Backbone, *, allow_other_backbone: bool = F
     nothing of these, or it was made for another backbone.
     """
     folder = Path(place).expanduser()
-    for candidate in (folder / "mixture", folder):
-        if has_card(candidate) and read_card(candidate).kind == "mixture":
-            return load_mixture(candidate, backbone, allow_other_backbone=allow_other_backbone)
+    if (mixture := _mixture_in(folder)) is not None:
+        return load_mixture(mixture, backbone, allow_other_backbone=allow_other_backbone)
     if _is_library(folder):
         experts = experts_of(ExpertLibrary.open(place), None)
     else:
@@ -33,6 +32,21 @@ def open_model(place: str, backbone: Backbone, *, allow_other_backbone: bool = F
     return mixture_of(
         experts, backbone, UniformConfig(), train="none", allow_other_backbone=allow_other_backbone
     ).eval()
+
+
+def mixture_folder(place: str) -> Path:
+    """The folder of the mixture at `place`, a run or that folder itself. Raises ValueError if there is none."""
+    folder = Path(place).expanduser()
+    if (found := _mixture_in(folder)) is None:
+        raise ValueError(f"no mixture in {place}: give the folder of a run that built one, or its mixture/")
+    return found
+
+
+def _mixture_in(folder: Path) -> Path | None:
+    for candidate in (folder / "mixture", folder):
+        if has_card(candidate) and read_card(candidate).kind == "mixture":
+            return candidate
+    return None
 
 
 def experts_of(library: ExpertLibrary, names: Iterable[str] | None) -> dict[str, Expert]:

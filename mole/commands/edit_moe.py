@@ -1,0 +1,109 @@
+"""`mole edit-moe`: add experts to a saved mixture, remove or replace some; its router keeps what it has learned."""
+
+import logging
+
+import torch
+
+from mole import backbones, mixtures
+from mole.config.nodes import RunConfig
+from mole.config.seeds import seed_for
+from mole.experts import Expert, ExpertLibrary
+from mole.mixtures import MultiExpertModel
+from mole.mixtures.growing import put_together, take_apart
+from mole.registry import BACKBONES, LIBRARIES, config_dataclass, unknown
+from mole.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+@config_dataclass
+class EditMoe:
+    """A mixture, and what changes in it."""
+
+    backbone: BACKBONES.union()  # type: ignore[valid-type]
+    library: LIBRARIES.union() | None = None  # type: ignore[valid-type]
+    mixture: str
+    name: str = "mixture"
+    add: tuple[str, ...] = ()
+    replace: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+    allow_other_backbone: bool = False
+    seed: int = 0
+    run: RunConfig
+
+    def __post_init__(self):
+        problems = []
+        if not (self.add or self.replace or self.remove):
+            problems.append("nothing to change: give add, replace or remove a list of experts")
+        if (self.add or self.replace) and self.library is None:
+            problems.append("add and replace take experts of a library: give library=<one>")
+        listed = [*self.add, *self.replace, *self.remove]
+        twice = sorted({name for name in listed if listed.count(name) > 1})
+        if twice:
+            problems.append(f"{', '.join(twice)}: named twice among add, replace and remove")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def run(config: EditMoe) -> None:
+    """Leaves the changed mixture in `mixture/`; the old one is as it was."""
+    run = RunFolder(config.run.folder)
+    backbone = backbones.load(config.backbone)
+    source = mixtures.mixture_folder(config.mixture)
+    origins = mixtures.origins_of(source)
+    _check(config, tuple(origins))
+    new = _experts(config)
+    run.update(status="running")
+    old = mixtures.load_mixture(source, backbone, allow_other_backbone=config.allow_other_backbone)
+    model = _changed(config, old, new)
+    origins |= mixtures.pinned(new, config.library.url if config.library else None)
+    mixtures.save_mixture(
+        model, run.mixture, backbone, origins={name: origins[name] for name in model.expert_names}, replace=False
+    )
+    _tell(config, model)
+    run.update(result={"experts": list(model.expert_names), "learns": _learns(model)})
+
+
+def _check(config: EditMoe, present: tuple[str, ...]) -> None:
+    for name in (*config.remove, *config.replace):
+        if name not in present:
+            raise ValueError(unknown("expert of this mixture", name, present))
+    for name in config.add:
+        if name in present:
+            raise ValueError(f"{name!r} is in this mixture: replace=[{name}] takes its newest revision")
+    if set(config.remove) == set(present) and not config.add:
+        raise ValueError("remove: a mixture needs at least one expert")
+
+
+def _experts(config: EditMoe) -> dict[str, Expert]:
+    """The experts of the library that come in."""
+    names = (*config.add, *config.replace)
+    if not names or config.library is None:
+        return {}
+    return mixtures.experts_of(ExpertLibrary.open(config.library.url), names)
+
+
+def _changed(config: EditMoe, old: MultiExpertModel, new: dict[str, Expert]) -> MultiExpertModel:
+    parts = take_apart(old)
+    kept = {name: adapter for name, adapter in parts.experts.items() if name not in config.remove}
+    experts = {**kept, **{name: expert.adapter for name, expert in new.items()}}
+    tasks = {**parts.tasks, **{name: expert.card.tasks for name, expert in new.items()}}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for("init", config.seed))
+        return put_together(parts, experts, {name: tasks[name] for name in experts}, replaced=config.replace)
+
+
+def _learns(model: MultiExpertModel) -> bool:
+    return any(router.learned for router in model.routers().values())
+
+
+def _tell(config: EditMoe, model: MultiExpertModel) -> None:
+    logger.info("experts now: %s", ", ".join(model.expert_names))
+    if _learns(model) and config.add:
+        logger.warning(
+            "router=%s has not seen %s yet: what it says of them is its start; "
+            "mole build-moe start_from=%s trains it further",
+            model.router_config.name,
+            ", ".join(config.add),
+            config.run.folder,
+        )

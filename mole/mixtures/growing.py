@@ -1,0 +1,108 @@
+"""Change the experts of a mixture and keep what its router has learned about those that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from mole.adapters import Adapter
+from mole.mixtures.model import MultiExpertModel
+from mole.mixtures.wrapping import MixtureOptions
+from mole.routers import Router
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A mixture taken apart: its backbone is free again.
+
+    `experts` name → adapter, with tensors of its own; `routers` group → router ("" the one of the whole model);
+    `trained` path → tensors of a whole module that was trained with the router.
+    """
+
+    backbone: Any
+    experts: dict[str, Adapter]
+    tasks: dict[str, tuple[str, ...]]
+    router_config: Any
+    options: MixtureOptions
+    routers: dict[str, Router]
+    trained: dict[str, dict[str, Tensor]]
+
+
+def take_apart(model: MultiExpertModel) -> Parts:
+    """The parts of `model`, which is of no use afterwards."""
+    parts = Parts(
+        backbone=model.backbone,
+        experts=model.adapters(),
+        tasks=dict(zip(model.expert_names, model.shape.expert_tasks, strict=True)),
+        router_config=model.router_config,
+        options=model.options,
+        routers=routers_by_group(model),
+        trained={path: dict(module.state_dict()) for path, module in model.trained_modules().items()},
+    )
+    model.unload()
+    return parts
+
+
+def put_together(
+    parts: Parts,
+    experts: Mapping[str, Adapter],
+    tasks: Mapping[str, tuple[str, ...]],
+    *,
+    replaced: Collection[str] = (),
+    **options: Any,
+) -> MultiExpertModel:
+    """A mixture of `experts`, in this order, with the router of `parts`, in eval mode with nothing trainable.
+
+    Of an expert that stays, and of one that was `replaced` by a newer one, the router keeps what it has learned; what
+    it computes from an expert's weights is computed anew; of a new expert it knows what it knew at its start. Raises
+    ValueError if the router does not fit the experts, or would need data for those that are new.
+    """
+    model = MultiExpertModel(
+        parts.backbone,
+        experts,
+        parts.router_config,
+        tasks=tasks,
+        train="none",
+        **{"kernel": parts.options.kernel, **parts.options.as_saved(), **options},
+    )
+    try:
+        carry(model, parts, replaced=replaced)
+    except ValueError:
+        model.unload()
+        raise
+    return model.eval()
+
+
+def carry(model: MultiExpertModel, parts: Parts, *, replaced: Collection[str] = ()) -> None:
+    """Hands what the routers of `parts` know on to those of `model`, which are of the same config."""
+    known = set(parts.experts) - set(replaced)
+    strangers = [name for name in model.expert_names if name not in known]
+    for group, router in routers_by_group(model).items():
+        if strangers and "prototypes" in router.needs:
+            raise ValueError(
+                f"router={model.router_config.name} knows each expert by data, and has none for "
+                f"{', '.join(strangers)}: build the mixture anew with mole build-moe and a dataset"
+            )
+        if (old := parts.routers.get(group)) is not None:
+            router.carry(_forgetting(old, replaced) if "experts" in router.needs else old)
+    for path, module in model.trained_modules().items():
+        if path in parts.trained:
+            module.load_state_dict(parts.trained[path])
+
+
+def routers_by_group(model: MultiExpertModel) -> dict[str, Router]:
+    """Group → router; "" the one of the whole model."""
+    if model.router is not None:
+        return {"": model.router}
+    found = {group: model.layers[sites[0]].router for group, sites in model.groups.items()}
+    return {group: router for group, router in found.items() if router is not None}
+
+
+def _forgetting(old: Router, names: Collection[str]) -> Router:
+    """`old` with other names for these experts, so that none of theirs is taken for the new ones'."""
+    renamed = tuple(f"{name} (replaced)" if name in names else name for name in old.shape.expert_names)
+    old.shape = replace(old.shape, expert_names=renamed)
+    return old
