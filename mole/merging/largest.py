@@ -1,6 +1,6 @@
 """The k largest magnitudes among numbers that are made block by block: exact, at any size, with one block in memory.
 
-The bits of a number ≥ 0 are ordered as the number is. Three passes count the numbers under each of 2²¹ values of the
+Few are sorted. Of many: the bits of a number ≥ 0 are ordered as the number is. Three passes count the numbers under each of 2²¹ values of the
 next 21 bits and go on with the one that holds the k-th largest (a radix selection); a fourth finds the place of the
 last that is kept among equals, which are taken in the order in which they come.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FEW = 1 << 20  # so many numbers are held and sorted instead
 _BITS = 21
 _SIZE = 1 << _BITS
 
@@ -42,6 +43,8 @@ def cut_of(blocks: Callable[[], Iterator[Tensor]], k: int) -> Cut:
     """
     if k <= 0:
         return Cut(float("inf"), -1)
+    if (held := _held(blocks)) is not None:
+        return _cut_of_few(held, k)
     prefix, left = 0, k
     for shift in (2 * _BITS, _BITS, 0):
         counts = _counts(blocks, prefix, shift)
@@ -54,6 +57,26 @@ def cut_of(blocks: Callable[[], Iterator[Tensor]], k: int) -> Cut:
         prefix = (prefix << _BITS) | digit
     threshold = float(torch.tensor(prefix, dtype=torch.int64).view(torch.float64))
     return Cut(threshold, _place_of(blocks, threshold, left) if threshold > 0 else -1)
+
+
+def _held(blocks: Callable[[], Iterator[Tensor]]) -> Tensor | None:
+    """All magnitudes in a row, if they are few."""
+    found, count = [], 0
+    for block in blocks():
+        count += block.numel()
+        if count > FEW:
+            return None
+        found.append(block.abs().flatten())
+    return torch.cat(found)
+
+
+def _cut_of_few(sizes: Tensor, k: int) -> Cut:
+    if k > len(sizes):
+        return Cut(0.0, -1)
+    threshold = sizes.kthvalue(len(sizes) - k + 1).values
+    equal = (sizes == threshold).nonzero().flatten()
+    wanted = k - int((sizes > threshold).sum())
+    return Cut(float(threshold), int(equal[wanted - 1]))
 
 
 def _counts(blocks: Callable[[], Iterator[Tensor]], prefix: int, shift: int) -> Tensor:
