@@ -56,6 +56,12 @@ _TABLE = (
         ),
     ),
     Command(
+        "lorahub",
+        "weights of a library's experts for a new task, searched on a few examples",
+        "mix",
+        examples=("mole lorahub library=outputs/library dataset=jsonl dataset.path=data/new.jsonl budget=40",),
+    ),
+    Command(
         "generate",
         "text from an expert or a mixture",
         "mix",

@@ -41,9 +41,13 @@ def _watched(model: Any) -> Iterator[dict[str, Tensor]]:
     seen: dict[str, Tensor] = {}
 
     def note(site: str) -> Any:
-        return lambda module, given: seen.setdefault(site, given[0].detach().float())
+        def hook(module: Any, given: tuple, named: dict[str, Any]) -> None:
+            x = given[0] if given else named["hidden_states"]  # of a linear module, or of an attention
+            seen.setdefault(site, x.detach().float())
 
-    hooks = [model.layers[site].register_forward_pre_hook(note(site)) for site in model.routers()]
+        return hook
+
+    hooks = [model.layers[site].register_forward_pre_hook(note(site), with_kwargs=True) for site in model.routers()]
     try:
         yield seen
     finally:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from mole.backbones.modules import in_out_features
 from mole.routers import GateConfig, GateRouter, Router
 from mole.routing import Frame
 
@@ -24,8 +23,7 @@ def gated(model: Any, expert: str) -> Iterator[dict[str, GateRouter]]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gates = {}
     for site, router in routers.items():
-        width = in_out_features(model.layers[site].base)[0]
-        gate = GateRouter(GateConfig(only=(expert,)), model.shape, input_dim=width, sites=router.sites)
+        gate = GateRouter(GateConfig(only=(expert,)), model.shape, input_dim=router.input_dim, sites=router.sites)
         gates[site] = gate.to(model.device).train(model.training)
     model.requires_grad_(False)
     try:
