@@ -31,10 +31,11 @@ from mole.mixtures.model import MultiExpertModel
 from mole.mixtures.wrapping import MixtureOptions
 from mole.registry import ROUTERS, config_dataclass
 from mole.run_folder import write_folder_atomically
-from mole.untrusted import Damaged, safetensors_tensors, strict_json
+from mole.untrusted import FLOATS, Damaged, safetensors_tensors, strict_json
 
 FORMAT = 1
 MIXTURE, ROUTER = "mixture.json", "router.safetensors"
+STATE = {**FLOATS, "F64": 8, "I64": 8}  # of a router: numbers, and tables of ids
 
 
 @config_dataclass
@@ -138,7 +139,8 @@ def load_mixture(
     if model.sites != description.sites:
         model.unload()
         raise Damaged(f"{folder}: the mixed modules are not those that its experts adapt on this backbone")
-    _load_router(model, safetensors_tensors(files[ROUTER], f"{folder / ROUTER}") if ROUTER in files else {}, folder)
+    state = safetensors_tensors(files[ROUTER], f"{folder / ROUTER}", dtypes=STATE) if ROUTER in files else {}
+    _load_router(model, state, folder)
     return model.eval()
 
 
