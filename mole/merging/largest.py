@@ -1,8 +1,8 @@
 """The k largest magnitudes among numbers that are made block by block: exact, at any size, with one block in memory.
 
-Few are sorted. Of many: the bits of a number ≥ 0 are ordered as the number is. Three passes count the numbers under each of 2²¹ values of the
-next 21 bits and go on with the one that holds the k-th largest (a radix selection); a fourth finds the place of the
-last that is kept among equals, which are taken in the order in which they come.
+Few are sorted. Of many: the bits of a number ≥ 0 are ordered as the number is. Three passes count the numbers under
+each of 2²¹ values of the next 21 bits and go on with the one that holds the k-th largest (a radix selection); a fourth
+finds the place of the last that is kept among equals, which are taken in the order in which they come.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Grid:
         """Ranges of rows in which all experts together have about `block` entries."""
         rows, columns = self.shape
         step = max(1, (block or BLOCK) // max(1, columns * len(self.entries)))
-        yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
+        yield from ((start, min(start + step, rows)) for start in range(0, max(1, rows), step))
 
 
 @dataclass(frozen=True)

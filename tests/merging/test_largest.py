@@ -32,12 +32,12 @@ def kept(values, k, step):
 
 
 @pytest.mark.parametrize("few", [1 << 20, 0], ids=["sorted", "counted"])
-@pytest.mark.parametrize("step", [5000, 777])
+@pytest.mark.parametrize("step", [5000, 1777])
 @pytest.mark.parametrize("kind", ["any", "many_zeros", "few_values", "wide_range", "negative_zeros"])
 def test_exactly_the_k_largest_are_kept_and_no_zero(kind, step, few, monkeypatch):
     monkeypatch.setattr(largest, "FEW", few)
     values = numbers(kind)
-    for k in (0, 1, 300, 1000, 4999, 5000, 6000):
+    for k in (0, 300, 1000, 5000, 6000):
         mask = kept(values, k, step)
         assert int(mask.sum()) == min(k, int((values != 0).sum()))
         if mask.any() and not mask.all():
