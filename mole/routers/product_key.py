@@ -101,6 +101,7 @@ class ProductKeyRouter(Router):
 
     scope = "layer"
     learned = True
+    open_shapes = frozenset({"sub_keys"})
     config: ProductKeyConfig
     slots: Tensor
     pairs: Tensor
@@ -110,24 +111,48 @@ class ProductKeyRouter(Router):
         check_top_k(config.top_k, shape.num_experts)
         assert self.input_dim is not None, "a router of scope layer is built with the width of its input"
         least = math.isqrt(shape.num_experts - 1) + 1
-        self.n = least if config.num_keys is None else config.num_keys
-        if self.n < least:
+        n = least if config.num_keys is None else config.num_keys
+        if n < least:
             raise ValueError(
-                f"router.num_keys={self.n} gives {self.n**2} experts a place, and there are {shape.num_experts}: "
-                f"set it to {least} or more, or to null"
+                f"router.num_keys={n} gives {n**2} experts a place, and there are {shape.num_experts}: set it to "
+                f"{least} or more, or to null"
             )
         self.k = config.top_k or min(USUAL_TOP_K, shape.num_experts)
         heads, width = config.num_heads, config.key_dim
         self.query = Linear(self.input_dim, heads * 2 * width, bias=False)
-        self.sub_keys = nn.Parameter(torch.randn(2, heads, self.n, width) / math.sqrt(width))
+        self.sub_keys = nn.Parameter(self._fresh_keys(n))
         if config.query_norm == "layer":
             self.norm = nn.LayerNorm(width)
         elif config.query_norm == "batch":
             self.norm = QueryNorm(heads * 2 * width)
         self.register_buffer("slots", torch.arange(shape.num_experts))
-        places = self.k + self.n**2 - shape.num_experts
+        self.register_buffer("pairs", torch.empty(0, 2, dtype=torch.int64), persistent=False)
+        self._fit()
+
+    @property
+    def n(self) -> int:
+        """Sub-keys of each half."""
+        return self.sub_keys.shape[2]
+
+    def _fresh_keys(self, n: int) -> Tensor:
+        heads, width = self.config.num_heads, self.config.key_dim
+        return torch.randn(2, heads, n, width) / math.sqrt(width)
+
+    def _fit(self) -> None:
+        """What is looked at depends on the size of the grid."""
+        places = self.k + self.n**2 - self.shape.num_experts
         self.depth = min(places, self.n)
-        self.register_buffer("pairs", candidates(places, self.n), persistent=False)
+        self.pairs = candidates(places, self.n).to(self.sub_keys.device)
+
+    def check_state(self) -> None:
+        """Raises ValueError for a grid that is none, or does not have a place of its own for every expert."""
+        wanted = (2, self.config.num_heads, self.n, self.config.key_dim)
+        slots = self.slots.tolist()
+        if tuple(self.sub_keys.shape) != wanted or len(set(slots)) != self.shape.num_experts:
+            raise ValueError(f"sub_keys {tuple(self.sub_keys.shape)} and {len(set(slots))} slots are no product_key's")
+        if min(slots) < 0 or max(slots) >= self.n**2:
+            raise ValueError(f"slots outside the grid of {self.n} × {self.n} sub-keys")
+        self._fit()
 
     def sub_scores(self, x: Tensor, frame: Frame) -> Tensor:
         """s¹ and s²: [B, T, d_in] → [2, B, T, H, n], divided by the temperature."""
@@ -191,34 +216,28 @@ class ProductKeyRouter(Router):
     def carry(self, old: Router) -> None:
         """As for every router; experts that both have keep their place in the grid, new ones take free places.
 
-        Raises ValueError if those places use more sub-keys than this router has.
+        The grid stays as large as the places of those that stay need it to be.
         """
         assert isinstance(old, ProductKeyRouter)
         here = {name: index for index, name in enumerate(self.shape.expert_names)}
         both = [(here[name], row) for row, name in enumerate(old.shape.expert_names) if name in here]
         places = [divmod(int(old.slots[row]), old.n) for _, row in both]
-        used = [self._kept_keys({place[half] for place in places}, old.n) for half in (0, 1)]
+        kept = [list(range(old.n)) if old.n <= self.n else sorted({place[half] for place in places}) for half in (0, 1)]
+        n = max(self.n, *map(len, kept))
         with torch.no_grad():
             mine, theirs = self.state_dict(), old.state_dict()
             for name in mine.keys() - {"sub_keys", "slots"}:
                 mine[name].copy_(theirs[name])
-            for half, kept in enumerate(used):
-                for to, source in enumerate(kept):
-                    self.sub_keys[half, :, to] = old.sub_keys[half, :, source]
+            if n > self.n:
+                self.sub_keys.data = self._fresh_keys(n).to(self.sub_keys)
+            for half, sources in enumerate(kept):
+                for to, source in enumerate(sources):
+                    self.sub_keys[half, :, to] = old.sub_keys[half, :, source].to(self.sub_keys)
             taken = {
-                mine: used[0].index(i) * self.n + used[1].index(j)
-                for (mine, _), (i, j) in zip(both, places, strict=True)
+                expert: kept[0].index(i) * n + kept[1].index(j)
+                for (expert, _), (i, j) in zip(both, places, strict=True)
             }
-            free = iter(sorted(set(range(self.n**2)) - set(taken.values())))
+            free = iter(sorted(set(range(n**2)) - set(taken.values())))
             for expert in range(self.shape.num_experts):
                 self.slots[expert] = taken[expert] if expert in taken else next(free)
-
-    def _kept_keys(self, used: set[int], old: int) -> list[int]:
-        """Which of the `old` sub-keys become this router's, in order: all where there is room, else those in use."""
-        kept = list(range(old)) if old <= self.n else sorted(used)
-        if len(kept) > self.n:
-            raise ValueError(
-                f"router=product_key: the experts that stay use {len(kept)} sub-keys, and {self.shape.num_experts} "
-                f"experts alone would have {self.n}: set router.num_keys={old}"
-            )
-        return kept
+        self._fit()

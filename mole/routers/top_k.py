@@ -96,7 +96,7 @@ class TopKRouter(Router):
         if config.score == "cosine":
             self.project = Linear(self.input_dim, config.proj_dim, bias=False)
             self.centroids = nn.Parameter(torch.empty(shape.num_experts, config.proj_dim))
-            self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
+            self.log_scale = nn.Parameter(torch.full((1,), math.log(FIRST_SCALE)))
             nn.init.normal_(self.project.weight, std=config.init_std or 1.0)  # a cosine does not see the size
             nn.init.normal_(self.centroids)
         else:
@@ -108,7 +108,7 @@ class TopKRouter(Router):
             self.noise = Linear(self.input_dim, shape.num_experts, bias=False)
             nn.init.zeros_(self.noise.weight)
         if config.noise == "gumbel":
-            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
 
     def forward(self, x: Tensor | None, frame: Frame) -> Routing:
         """`x` [B, T, d_in] → weights [B, T, K] with expert ids, or dense [B, T, E] if all are kept.

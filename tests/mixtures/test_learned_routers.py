@@ -1,13 +1,16 @@
 """Mixtures under learned routers: exact generation, training, files, and the formulas on whole models."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from learned_cases import LEARNED, equal_experts, learned
-from mixture_cases import TASKS, llama
+from mixture_cases import TASKS, expert, llama
 
-from mole.mixtures import MultiExpertModel
+from mole.backbones import Backbone
+from mole.backbones.load import shapes_digest
+from mole.mixtures import MultiExpertModel, load_mixture, save_mixture
 from mole.routers import AttentionConfig, PolyConfig, SmearConfig, StaticConfig
 
 ALL = pytest.mark.parametrize("name", LEARNED)
@@ -246,3 +249,73 @@ def test_static_weights_learn_which_expert_helps(full):
     (weights,) = built.router.weights_by_group().values()
     assert weights["dates"] > 0.7
     assert max(weights["sums"], weights["words"], weights["base"]) < 0.25
+
+
+# ---- what every mixture does, with routers that keep more than a matrix
+@ALL
+def test_saved_and_loaded_logits_are_equal_bit_for_bit(name, tmp_path, full):
+    model = learned(name)
+    for router in model.routers().values():  # what training remembers beside its parameters
+        for key, buffer in router.state_dict().items():
+            if key in ("center", "norm.mean"):
+                buffer.normal_()
+    whole = Backbone(model.backbone, None, "tests/llama", None, shapes_digest(llama()))
+    save_mixture(model, tmp_path / "mixture", whole)
+    fresh = load_mixture(tmp_path / "mixture", Backbone(llama(), None, "tests/llama", None, whole.shapes))
+    with torch.no_grad():
+        assert torch.equal(model(**full).logits, fresh(**full).logits)
+    for site, router in fresh.routers().items():
+        old = model.routers()[site].state_dict()
+        assert all(torch.equal(tensor, old[key]) for key, tensor in router.state_dict().items())
+
+
+@ALL
+def test_the_order_of_the_experts_changes_nothing(name, full):
+    """C6: experts in another order, and the router's rows with them."""
+    model = learned(name, torch.float64)
+    want = model(**full).logits
+    routers = dict(model.routers())
+    backbone = model.unload()
+    experts = equal_experts(backbone, torch.float64)
+    turned = {expert: experts[expert] for expert in ("dates", "sums", "words")}
+    other = MultiExpertModel(backbone, turned, LEARNED[name], tasks=TASKS).eval()
+    for site, router in other.routers().items():
+        router.double().carry(routers[site])
+    valid = full["attention_mask"].bool()  # a padding token is a zero vector, and its cosines are ties
+    torch.testing.assert_close(other(**full).logits[valid], want[valid], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [n for n in LEARNED if n not in ("sigmoid", "cat", "attention")])
+def test_weights_of_one_in_all_mix_copies_of_an_expert_to_that_expert(name, full):
+    """M3: every routing whose weights sum to 1, spent on copies of one expert, is that expert."""
+    backbone = llama(torch.float64)
+    one = expert(backbone, ["q_proj", "v_proj"], rank=4, alpha=4.0, seed=1, dtype=torch.float64)
+    config = StaticConfig(include_base=False) if name == "static" else LEARNED[name]
+    model = MultiExpertModel(backbone, dict.fromkeys(TASKS, one), config, tasks=TASKS).eval()
+    for router in model.routers().values():
+        router.double()
+    with model.fixed_routing({"sums": 1.0}):
+        want = model(**full).logits
+    torch.testing.assert_close(model(**full).logits, want, rtol=0, atol=1e-9)
+
+
+@ALL
+def test_two_threads_equal_one_after_the_other(name, full):
+    model = learned(name)
+    rows = [{k: v[i : i + 1] for k, v in full.items()} for i in (0, 1)] * 3
+    with torch.no_grad():
+        want = [model(**row).logits for row in rows]
+        with ThreadPoolExecutor(2) as pool:
+            got = list(pool.map(lambda row: model(**row).logits, rows))
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@ALL
+def test_forward_and_generate_change_no_flag_and_no_state(name, full, prompts):
+    model = learned(name)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    flags = [(p.requires_grad, m.training) for m in model.modules() for p in m.parameters()]
+    model(**full)
+    model.generate(**prompts, max_new_tokens=2)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert [(p.requires_grad, m.training) for m in model.modules() for p in m.parameters()] == flags

@@ -130,18 +130,36 @@ def test_experts_that_stay_keep_their_scores_when_others_come_and_go(before, aft
     assert torch.equal(new(x, frame()).expert_ids.view(2, 4, 2, -1), best[..., : new.k])
 
 
-def test_a_grid_that_got_too_small_is_refused_and_the_way_out_works():
+def test_the_grid_stays_as_large_as_the_places_of_those_that_stay_need():
     before, after = "abcdefghijklmnop", "afkp"  # the diagonal of 4 × 4
     config = ProductKeyConfig(num_heads=1, key_dim=2)
-    old = build(ProductKeyRouter, config, named(before))
-    with pytest.raises(ValueError, match="set router.num_keys=4"):
-        build(ProductKeyRouter, config, named(after)).carry(old)
-    roomy = build(ProductKeyRouter, ProductKeyConfig(num_heads=1, key_dim=2, num_keys=4), named(after)).double()
-    roomy.carry(old.double())
+    old = build(ProductKeyRouter, config, named(before)).double()
+    new, again = (build(ProductKeyRouter, config, named(after)).double() for _ in range(2))
+    new.carry(old)
     x = inputs(1, 3, DIM, dtype=torch.float64)
-    torch.testing.assert_close(all_scores(roomy, x), all_scores(old, x)[..., [0, 5, 10, 15]])
-    ids = roomy(x, frame()).expert_ids.view(1, 3, 1, 4)
-    assert torch.equal(ids, all_scores(roomy, x).sort(dim=-1, descending=True).indices)
+    torch.testing.assert_close(all_scores(new, x), all_scores(old, x)[..., [0, 5, 10, 15]])
+    assert new.sub_keys.shape[2] == 4
+    for name, tensor in new.state_dict(keep_vars=True).items():  # as a saved mixture is read
+        again.state_dict(keep_vars=True)[name].data = tensor.detach().clone()
+    again.check_state()
+    for router in (new, again):
+        ids = router(x, frame()).expert_ids.view(1, 3, 1, 4)
+        assert torch.equal(ids, all_scores(new, x).sort(dim=-1, descending=True).indices)
+
+
+@pytest.mark.parametrize(
+    ("slots", "keys", "says"),
+    [
+        ([0, 1, 2, 2], (2, 3, 2, 4), "3 slots"),
+        ([0, 1, 2, 4], (2, 3, 2, 4), "outside"),
+        ([0, 1, 2, 3], (2, 3, 2, 5), "no"),
+    ],
+)
+def test_a_damaged_grid_is_refused(slots, keys, says):
+    router = product_key(4)
+    router.slots.data, router.sub_keys.data = torch.tensor(slots), torch.zeros(keys)
+    with pytest.raises(ValueError, match=says):
+        router.check_state()
 
 
 def test_what_cannot_be_is_refused():
