@@ -139,9 +139,8 @@ class PolyRouter(Router):
         best = likeness.argmax(0).tolist()
         return [row if row >= 0 else best[example] for example, row in enumerate(rows)]
 
-    def carry(self, old: Router) -> None:
+    def carry(self, old: Any) -> None:
         """Takes over the entries of the tasks and experts that both have, by name; others stay as they were built."""
-        assert isinstance(old, PolyRouter)
         experts = [e for e in self.shape.expert_names if e in old.shape.expert_names]
         to, source = ([r.shape.expert_names.index(e) for e in experts] for r in (self, old))
         with torch.no_grad():

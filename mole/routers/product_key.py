@@ -161,8 +161,8 @@ class ProductKeyRouter(Router):
             queries = self.norm(queries, frame)
         queries = queries.unflatten(-1, (self.config.num_heads, 2, -1))
         if self.config.query_norm == "layer":
-            affine = at_least_float32(self.norm.weight), at_least_float32(self.norm.bias)  # type: ignore[arg-type]
-            queries = F.layer_norm(queries, queries.shape[-1:], *(p.to(queries.dtype) for p in affine))
+            weight, bias = (at_least_float32(p).to(queries.dtype) for p in (self.norm.weight, self.norm.bias))  # type: ignore[arg-type]
+            queries = F.layer_norm(queries, queries.shape[-1:], weight, bias)
         keys = at_least_float32(self.sub_keys).to(queries.dtype)
         return torch.einsum("bthsd,shnd->sbthn", queries, keys) / self.config.temperature
 
@@ -213,12 +213,11 @@ class ProductKeyRouter(Router):
         out = (chance < self.config.expert_dropout).gather(-1, ids.flatten(1)).view(ids.shape)
         return scores.masked_fill(out & ~out.all(-1, keepdim=True), float("-inf"))
 
-    def carry(self, old: Router) -> None:
+    def carry(self, old: Any) -> None:
         """As for every router; experts that both have keep their place in the grid, new ones take free places.
 
         The grid stays as large as the places of those that stay need it to be.
         """
-        assert isinstance(old, ProductKeyRouter)
         here = {name: index for index, name in enumerate(self.shape.expert_names)}
         both = [(here[name], row) for row, name in enumerate(old.shape.expert_names) if name in here]
         places = [divmod(int(old.slots[row]), old.n) for _, row in both]

@@ -143,7 +143,7 @@ class StaticRouter(Router):
     def mergeable(self) -> Tensor | tuple[Tensor, ...]:
         """The weights [E], or one such tensor for each site."""
         weights = self.weights().detach()
-        return weights[0] if len(weights) == 1 else tuple(self._by_site(weights))
+        return weights[0] if len(weights) == 1 else tuple(self._by_site(list(weights)))
 
     def weights_by_group(self) -> dict[str, dict[str, float]]:
         """Group → expert → weight; the backbone's own as `base`."""
