@@ -29,7 +29,7 @@ from mole.routing.log import RoutingLog
 from mole.routing.losses import check_losses
 from mole.routing.statistics import RoutingStatistics
 from mole.run_folder import RunFolder
-from mole.training import FitResult, TrainingConfig, TrainingData, fit, make_accelerator
+from mole.training import AnyTraining, FitResult, TrainingData, fit, make_accelerator
 
 logger = logging.getLogger(__name__)
 Collate = Callable[[list[Sample]], dict[str, Any]]
@@ -43,7 +43,7 @@ class BuildMoe:
     library: LIBRARIES.union()  # type: ignore[valid-type]
     router: ROUTERS.union()  # type: ignore[valid-type]
     dataset: DATASETS.union() | None = None  # type: ignore[valid-type]
-    training: TrainingConfig
+    training: AnyTraining
     optimizer: OPTIMIZERS.union()  # type: ignore[valid-type]
     schedule: SCHEDULES.union()  # type: ignore[valid-type]
     tracker: TRACKERS.union()  # type: ignore[valid-type]

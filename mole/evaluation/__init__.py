@@ -2,6 +2,7 @@
 
 from mole.evaluation.exact_match import completions, exact_match
 from mole.evaluation.loss import TaskLoss, mean_loss, total
+from mole.evaluation.nearest import nearest_experts
 from mole.evaluation.reload import check_reloaded
 from mole.evaluation.table import HIGHER_IS_BETTER, Table
 from mole.evaluation.validation import Validation
@@ -15,5 +16,6 @@ __all__ = [
     "completions",
     "exact_match",
     "mean_loss",
+    "nearest_experts",
     "total",
 ]

@@ -5,13 +5,15 @@ from mole.training.batches import TrainingData
 from mole.training.checkpoints import CheckpointError
 from mole.training.devices import make_accelerator, peak_memory
 from mole.training.fit import FitResult, fit
-from mole.training.settings import Recipe, TrainingConfig
+from mole.training.settings import AnyTraining, Recipe, RouterTrainingConfig, TrainingConfig
 from mole.training.step import TrainingFailed
 
 __all__ = [
+    "AnyTraining",
     "CheckpointError",
     "FitResult",
     "Recipe",
+    "RouterTrainingConfig",
     "TrainingConfig",
     "TrainingData",
     "TrainingFailed",

@@ -55,6 +55,19 @@ class TrainingConfig:
             raise ValueError("\n".join(problems))
 
 
+@config_dataclass
+class RouterTrainingConfig(TrainingConfig):
+    """The same for a router over frozen experts: it is small and starts from nothing, so faster and shorter."""
+
+    name: Literal["router"] = "router"  # type: ignore[assignment]
+    epochs: Annotated[float, Field(gt=0)] | None = 1.0
+    batch_size: Count = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-3
+
+
+AnyTraining = Annotated[TrainingConfig | RouterTrainingConfig, Field(discriminator="name")]
+
+
 def neighbours(number: int, divisor: int) -> list[int]:
     """The multiples of `divisor` next to `number`, at most two, none below `divisor`."""
     below = number // divisor * divisor
