@@ -110,6 +110,10 @@ def _named(path: str, build: Any, *args: Any) -> AdapterLayer:
 
 
 def _put(model: nn.Module, made: dict[str, AdapterLayer]) -> dict[str, AdapterLayer]:
+    """Raises ValueError for a module inside another one."""
+    for path in made:
+        if outer := next((other for other in made if path.startswith(f"{other}.")), None):
+            raise ValueError(f"{path} is a part of {outer}, which is adapted too: choose one of them")
     model.requires_grad_(False)
     for path, layer in made.items():
         layer.base.requires_grad_(False)

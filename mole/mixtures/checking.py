@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from inspect import Parameter, signature
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ def check(backbone: PreTrainedModel, experts: Mapping[str, Adapter], modules: Ma
         if not adapter.modules:
             raise ValueError(f"expert {name!r} adapts no module at all")
         for path, weights in adapter.modules.items():
-            if reason := _place(backbone, path, modules) or _part(path, modules[path], weights):
+            if reason := _place(backbone, path, modules) or _part(backbone, modules[path], weights):
                 raise ValueError(f"expert {name!r} at {path}: {reason}")
         for path in adapter.full_modules:
             inside = [site for site in adapter.modules if site == path or site.startswith(f"{path}.")]
@@ -49,8 +50,13 @@ def _place(backbone: PreTrainedModel, path: str, modules: Mapping[str, nn.Module
     return None
 
 
-def _part(path: str, module: nn.Module, weights: LoraWeights) -> str | None:
+def _part(backbone: PreTrainedModel, module: nn.Module, weights: Any) -> str | None:
     """Why these weights do not fit the module; None if they do."""
+    if not isinstance(weights, LoraWeights):
+        try:
+            return weights.misfit(module, backbone)
+        except ValueError as error:
+            return str(error)
     kind = kind_of(module)
     if kind is None:
         return f"a {type(module).__name__} is not {_OFFERED}"

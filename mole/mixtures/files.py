@@ -23,7 +23,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save
 
-from mole.adapters import Adapter, peft_format
+from mole.adapters import Adapter
+from mole.adapters import files as adapter_files
 from mole.backbones import Backbone
 from mole.experts.card import Card, bytes_facts, check_backbone, new_card
 from mole.experts.folder import check_entries, has_card, read_card, verified_files, write_card
@@ -125,7 +126,9 @@ def load_mixture(
         stem = f"expert-{index:03d}"
         if f"{stem}.json" not in files or f"{stem}.safetensors" not in files:
             raise Damaged(f"{folder}: the files of expert {origin.name!r} ({stem}.*) are missing")
-        parsed = peft_format.parse(files[f"{stem}.json"], files[f"{stem}.safetensors"], f"{folder / stem}")
+        config = files[f"{stem}.json"]
+        given = {adapter_files.config_name(config): config, adapter_files.WEIGHTS: files[f"{stem}.safetensors"]}
+        parsed = adapter_files.parse(given, f"{folder / stem}")
         experts[origin.name] = parsed.adapter
     model = MultiExpertModel(
         backbone.model,
@@ -166,9 +169,10 @@ def read_checked(folder: Path) -> tuple[Card, dict[str, bytes]]:
 
 
 def _expert_files(index: int, adapter: Adapter, backbone: str) -> dict[str, bytes]:
-    files = peft_format.dump(adapter, backbone)
+    files = adapter_files.dump(adapter, backbone)
+    (config,) = (data for name, data in files.items() if name in adapter_files.CONFIGS)
     stem = f"expert-{index:03d}"
-    return {f"{stem}.json": files[peft_format.CONFIG], f"{stem}.safetensors": files[peft_format.WEIGHTS]}
+    return {f"{stem}.json": config, f"{stem}.safetensors": files[adapter_files.WEIGHTS]}
 
 
 def _described(data: bytes, what: str) -> Description:

@@ -25,7 +25,8 @@ class Fit:
     """How one module's rows find their gates.
 
     `takes` as of its bank. `pooled` first, last (token that is no padding) or mean. `pointwise` a convolution of kernel
-    1 along one axis. `is_head` the output head, which sees the positions of `logits_to_keep` only.
+    1 along one axis. `is_head` the output head, which sees the positions of `logits_to_keep` only. `widths` features of
+    the module's input and output, where it is no linear module that says so.
     """
 
     site: str
@@ -34,6 +35,7 @@ class Fit:
     pooled: str = "mean"
     pointwise: bool = False
     is_head: bool = False
+    widths: tuple[int, int] | None = None
 
 
 def pooling(backbone: nn.Module, wanted: str) -> str:

@@ -70,7 +70,7 @@ class MultiExpertModel(nn.Module, Generation):
         self.losses: dict[str, float] = {}  # of the routing, in training: name → coefficient
         self.hidden_store: HiddenStore | None = None  # keeps the routing pass of training examples, if set
         self.speculation: SpeculationReport | None = None  # of the last `generate` with self_speculation
-        biased = any(w.bias is not None for adapter in experts.values() for w in adapter.modules.values())
+        biased = any(getattr(w, "bias", None) is not None for adapter in experts.values() for w in adapter.modules.values())
         self.options = MixtureOptions(
             kernel=kernel,
             expert_dropout=expert_dropout,

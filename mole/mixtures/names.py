@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mole.adapters import Adapter
+from mole.adapters import Adapter, placed
 from mole.registry import nearest
 
 _PREFIX = "base_model.model."
@@ -20,6 +20,10 @@ _PREFIX = "base_model.model."
 
 def renamed(name: str, adapter: Adapter, backbone: PreTrainedModel) -> Adapter:
     """The adapter with this backbone's names. Raises ValueError for a module that the backbone lacks."""
+    try:
+        adapter = placed(backbone, adapter)
+    except ValueError as error:
+        raise ValueError(f"expert {name!r}: {error}") from error
     known = {path for path, _ in backbone.named_modules()}
     paths = [*adapter.modules, *adapter.biases, *adapter.full_modules, *adapter.base_weights]
     if all(path in known for path in paths):

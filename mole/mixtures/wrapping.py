@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mole.adapters import Adapter, LoraWeights
+from mole.adapters import Adapter, LoraWeights, PromptWeights, symbolic
 from mole.backbones.modules import compute_dtype_of, device_of, kind_of, replace_module
 from mole.mixtures.adapter_mixture import MixtureLayer
 from mole.mixtures.banks import BankOfBanks, ConvolutionBank, DoraBank, EmbeddingBank, LoraBank, ModuleBank, OffsetBank
 from mole.mixtures.banks.lora import EXPERT_DROPOUT, EXPERT_DTYPES
+from mole.mixtures.call_mixture import mixture_at
 from mole.mixtures.checking import check
 from mole.mixtures.fitting import POOLED_GATES, Fit, pooling
 from mole.mixtures.full_modules import StandIn, check_policy, stand_ins
 from mole.mixtures.names import renamed
+from mole.mixtures.other_kinds import other_banks
 from mole.registry import unknown
 from mole.routing import RoutingContext
 
@@ -79,9 +81,9 @@ def wrap(
     check_policy(options.modules_to_save, experts)
     check(backbone, experts, modules)
     sites = _Sites(backbone, list(experts.values()), modules, options)
-    layers = {path: MixtureLayer(modules[path], sites.bank(path), sites.fit(path), context) for path in sites.paths}
+    layers = {path: mixture_at(modules[path], sites.bank(path), sites.fit(path), context) for path in sites.paths}
     standing = stand_ins(modules, experts, options.modules_to_save, context)
-    for path, layer in {**layers, **standing}.items():
+    for path, layer in reversed({**layers, **standing}.items()):  # parts of a module before the module
         replace_module(backbone, path, layer)
     outlines = {name: replace(adapter, modules={}) for name, adapter in experts.items()}
     return Wrapped(layers, standing, outlines)
@@ -99,7 +101,7 @@ def expert_now(outline: Adapter, index: int, layers: Mapping[str, MixtureLayer])
         if (module := layer.bank.full_module(index)) is not None:
             full[site] = module
     modules = {site: part for site, part in weights.items() if part is not None}
-    return replace(outline, modules=modules, biases=biases, full_modules=full)
+    return symbolic(replace(outline, modules=modules, biases=biases, full_modules=full))
 
 
 class _Sites:
@@ -115,6 +117,8 @@ class _Sites:
         self.experts = experts
         self.modules = modules
         self.options = options
+        self.backbone = backbone
+        self.width = backbone.config.get_text_config().hidden_size
         self.head = getattr(backbone, "get_output_embeddings", lambda: None)()
         self.pooled = pooling(backbone, options.pooled_gate)
         self.biases = [_changed_biases(adapter, modules) for adapter in experts]
@@ -130,6 +134,9 @@ class _Sites:
         takes = {"embedding": "ids", "convolution": "channels"}.get(kind_of(module) or "", "features")
         if any(path in parts for parts in self.full):
             takes = "outputs"
+        parts = [adapter.modules[path] for adapter in self.experts if path in adapter.modules]
+        if any(isinstance(part, PromptWeights) for part in parts):
+            takes = "sequence"
         return Fit(
             site=path,
             num_experts=len(self.experts),
@@ -137,6 +144,7 @@ class _Sites:
             pooled=self.pooled,
             pointwise=isinstance(module, nn.Conv1d) and (*module.kernel_size, *module.stride) == (1, 1),
             is_head=module is self.head,
+            widths=None if kind_of(module) else (self.width, self.width),
         )
 
     def bank(self, path: str) -> nn.Module:
@@ -155,9 +163,12 @@ class _Sites:
 
     def _banks(self, path: str, module: nn.Module) -> list:
         options, count, kind = self.options, len(self.experts), kind_of(module)
-        here = {i: a.modules[path] for i, a in enumerate(self.experts) if path in a.modules}
+        every = {i: a.modules[path] for i, a in enumerate(self.experts) if path in a.modules}
+        here = {i: weights for i, weights in every.items() if isinstance(weights, LoraWeights)}
         dtype = EXPERT_DTYPES[options.expert_dtype] or compute_dtype_of(module)
-        banks: list = []
+        dropout = {i: self.experts[i].dropout for i in every}
+        others = {i: weights for i, weights in every.items() if i not in here}
+        banks: list = other_banks(others, count, path, module, self.backbone, dtype=dtype, dropout=dropout)
         if here and kind == "embedding":
             banks.append(EmbeddingBank(here, count, base=module, dtype=dtype))
         elif here and kind == "convolution":
