@@ -38,7 +38,7 @@ class Merge:
     mixture: str | None = None
     name: str = "merged"
     rank: int | str = "auto"
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     publish: bool = True
     tags: tuple[str, ...] = ()
