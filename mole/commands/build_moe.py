@@ -286,7 +286,8 @@ def _some_batch(model: MultiExpertModel, datasets: dict[str, DataSplits], collat
     """A few examples to compare logits on; a row of token ids where no dataset was given."""
     for splits in datasets.values():
         return collate(list(splits.train[:4]))
-    return {"input_ids": torch.arange(4)[None], "task_names": list(_some_task(model))}
+    ids = torch.arange(4)[None]
+    return {"input_ids": ids, "prompt_mask": ids >= 0, "task_names": list(_some_task(model)), "texts": [""]}
 
 
 def _some_task(model: MultiExpertModel) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ from mole.untrusted import FLOATS, Damaged, safetensors_tensors, strict_json
 
 FORMAT = 1
 MIXTURE, ROUTER = "mixture.json", "router.safetensors"
-STATE = {**FLOATS, "F64": 8, "I64": 8}  # of a router: numbers, and tables of ids
+STATE = {**FLOATS, "F64": 8, "I64": 8, "BOOL": 1}  # of a router: numbers, tables of ids, what is there
 
 
 @config_dataclass
@@ -87,7 +87,7 @@ def save_mixture(
     files = {
         MIXTURE: TypeAdapter(Description).dump_json(described, indent=1) + b"\n",
     }
-    if state := _trained_state(model):
+    if state := {name: tensor for name, tensor in _trained_state(model).items() if tensor.numel()}:
         files[ROUTER] = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
     for index, adapter in enumerate(model.adapters().values()):
         files |= _expert_files(index, adapter, backbone.name)
@@ -233,7 +233,8 @@ def _load_router(model: MultiExpertModel, tensors: Mapping[str, torch.Tensor], f
         kind = "real" if tensor.is_floating_point() else str(tensor.dtype)
         return (kind, tensor.dim() if name in open_shapes else tuple(tensor.shape))
 
-    wanted = {name: shape(name, parameter) for name, parameter in state.items()}
+    left_out = {name for name in open_shapes - tensors.keys() if not state[name].numel()}  # files hold nothing empty
+    wanted = {name: shape(name, parameter) for name, parameter in state.items() if name not in left_out}
     given = {name: shape(name, tensor) for name, tensor in tensors.items()}
     if wanted != given:
         odd = sorted(name for name in {*wanted, *given} if wanted.get(name) != given.get(name))
