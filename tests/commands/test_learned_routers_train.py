@@ -1,0 +1,45 @@
+"""`mole build-moe` with every router that learns, and with the presets of learned routers."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from walk import SHORT, SMALL, data, mole
+
+from mole import routers  # noqa: F401  fills the registry
+from mole.mixtures import mixture_folder, origins_of
+from mole.registry import ROUTERS
+
+LEARNED = [variant.name for variant in ROUTERS if variant.implementation.learned and variant.name != "gate"]
+SLOW = pytest.mark.slow  # two short runs each
+
+
+def build(walk, folder, *words):
+    common = [*SMALL, *SHORT, *data("reverse", "shouting"), f"library={walk / 'library'}", f"run.folder={folder}"]
+    mole("build-moe", *common, *words)
+    return load_file(mixture_folder(str(folder)) / "router.safetensors")
+
+
+@pytest.mark.parametrize("router", [name if name == "top_k" else pytest.param(name, marks=SLOW) for name in LEARNED])
+def test_training_moves_the_router_and_leaves_a_mixture_that_loads(walk, tmp_path, router):
+    started = build(walk, tmp_path / "a", f"router={router}", "training.learning_rate=1e-12", *_no_rate(router))
+    trained = build(walk, tmp_path / "b", f"router={router}", "training.learning_rate=0.05")
+    assert started.keys() == trained.keys()
+    assert any((started[name].float() - trained[name].float()).abs().max() > 1e-3 for name in started)
+    assert list(origins_of(mixture_folder(str(tmp_path / "b")))) == ["reverse", "shouting"]
+
+
+def _no_rate(router):
+    """Routers with a rate of their own get none here."""
+    return ["router.lr=1e-12"] if getattr(ROUTERS[router].config(), "lr", None) else []
+
+
+@pytest.mark.parametrize("preset", ["lora-soups", "mhr-z", "mhr"])
+def test_presets_build_and_train(walk, tmp_path, preset):
+    state = build(walk, tmp_path / "run", f"experiment={preset}")
+    shapes = {tuple(tensor.shape) for tensor in state.values()}
+    if preset == "lora-soups":
+        assert shapes == {(len(state["theta"]), 2)}
+        assert len(state["theta"]) > 2
+        assert not torch.allclose(state["theta"], torch.full((1,), 0.5))
+    else:
+        assert shapes == {(2, 4, 2)}  # tasks, blocks, skills
