@@ -4,7 +4,7 @@
 # Usage: scripts/domains.sh <data folder> [output folder]
 #   <data folder> has models/stories260K/hf and corpora/{tinystories_sample,tinyshakespeare,tinymoliere,nottingham_abc}.txt
 #   and corpora/wikitext-2/{valid,test}.txt
-# EXPERT_STEPS and ROUTER_STEPS (default 120 and 2800) change how long it trains, PROCESSES (2) on how many processes.
+# EXPERT_STEPS and ROUTER_STEPS (default 120 and 2800) change how long it trains, PROCESSES (2) on how many processes, one thread each.
 set -euo pipefail
 data="${1:?usage: scripts/domains.sh <data folder> [output folder]}"
 data="$(cd "$data" && pwd)"
@@ -32,13 +32,21 @@ mixed() { # words for all five corpora in windows of $1 tokens, at most $2 of th
   done
 }
 
-for domain in "${domains[@]}"; do
-  "$mole" train-expert "${backbone[@]}" dataset=text "dataset.path=$data/corpora/${corpus[$domain]}" \
-    "dataset.task=$domain" dataset.window=256 "${held_out[@]/#/dataset.}" adapter=lora adapter.rank=16 adapter.alpha=32 \
+expert() { # trains the expert of corpus $1, in one process of one thread
+  OMP_NUM_THREADS=1 "$mole" train-expert "${backbone[@]}" dataset=text "dataset.path=$data/corpora/${corpus[$1]}" \
+    "dataset.task=$1" dataset.window=256 "${held_out[@]/#/dataset.}" adapter=lora adapter.rank=16 adapter.alpha=32 \
     training.max_steps="${EXPERT_STEPS:-120}" training.epochs=null training.batch_size=8 training.learning_rate=3e-3 \
-    training.evaluate_every=60 training.checkpoint_every=60 launcher.num_processes="${PROCESSES:-2}" \
-    name="$domain" library=local "library.url=$out/library" "run.folder=$out/$domain" run.resume=auto
+    training.evaluate_every=60 training.checkpoint_every=60 launcher.num_processes=1 \
+    name="$1" library=local "library.url=$out/library" "run.folder=$out/$1" run.resume=auto
+}
+
+# As many experts at once as there are processes: they share nothing.
+running=0
+for domain in "${domains[@]}"; do
+  if [ "$running" -ge "${PROCESSES:-2}" ]; then wait -n; else running=$((running + 1)); fi
+  expert "$domain" &
 done
+for _ in $(seq "$running"); do wait -n; done
 
 # Each corpus alike, in short windows: the router sees more different tokens in the same time.
 mapfile -t words < <(mixed 128 3000)
@@ -49,10 +57,12 @@ mapfile -t words < <(mixed 128 3000)
 
 mapfile -t words < <(mixed 256 1)
 rm -rf "$out/evaluation" "$out/again" "$out/library-alone" "$out/text"
+export OMP_NUM_THREADS=1
 "$mole" evaluate "${backbone[@]}" "${words[@]}" model="$out/mixture" metric=loss "run.folder=$out/evaluation"
 # The mixture and the library, each loaded again by a new process, give these figures to the last digit.
-"$mole" evaluate "${backbone[@]}" "${words[@]}" model="$out/mixture" 'rows=[mixture]' "run.folder=$out/again"
+"$mole" evaluate "${backbone[@]}" "${words[@]}" model="$out/mixture" 'rows=[mixture]' "run.folder=$out/again" &
 "$mole" evaluate "${backbone[@]}" "${words[@]}" model="$out/library" 'rows=[experts]' "run.folder=$out/library-alone"
+wait -n
 "$(dirname "$mole")/python" scripts/same_figures.py "$out/evaluation" "$out/again" "$out/library-alone"
 "$mole" generate "${backbone[@]}" model="$out/mixture" prompt="Once upon a time" log=true "run.folder=$out/text"
 "$mole" plot "$out/mixture"

@@ -74,6 +74,13 @@ _TABLE = (
         examples=("mole evaluate model=outputs/library dataset=[arithmetic,reverse] metric=exact_match",),
     ),
     Command(
+        "compare",
+        "the tables of several evaluations as one, with a picture",
+        "look",
+        ("runs…",),
+        ("mole compare outputs/evaluate/<run> outputs/evaluate/<run>",),
+    ),
+    Command(
         "plot", "pictures of a run, from its logs alone", "look", ("run",), ("mole plot outputs/xlora-train/<run>",)
     ),
     Command("quickstart", "the whole way on generated tasks: minutes, and nothing to download", "look", script=True),

@@ -84,7 +84,7 @@ def _rows(model: MultiExpertModel, wanted: Sequence[Row] | None) -> Iterator[tup
     can: list[str] = ["base", "experts"]
     if several:
         can += ["uniform", *(["oracle"] if any(model.shape.expert_tasks) else [])]
-        can += ["mixture"] if any(True for r in model.routers().values() for _ in r.parameters()) else []
+        can += ["mixture"] if model.router_config.name != "uniform" else []
     for row in wanted or ():
         if row not in can:
             raise ValueError(f"rows: this model has no row {row!r} (it has {', '.join(can)})")
