@@ -13,6 +13,8 @@ Legend: N = B·T tokens, P = N·K pairs, n experts, r the largest rank (others a
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,8 @@ from mole.kernels.grouped_mm import grouped_mm, grouped_outer, multiple_of
 from mole.kernels.once import once
 from mole.kernels.precision import autocast_dtype, without_autocast
 from mole.kernels.stack import LoraStack
+
+IN_CACHE = 2**20  # numbers
 
 
 def grouped(
@@ -87,14 +91,35 @@ def _sum(x: Tensor, stack: LoraStack, weights: Tensor, ids: Tensor) -> Tensor:
         assert isinstance(out, Tensor)
     else:
         out = _forward(rows, A, B, pairs)[0]
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], B.shape[2])
+
+
+def _chunks(pairs: Pairs, width: int) -> Iterator[tuple[slice, slice, Pairs]]:
+    """Pairs, experts and `Pairs` of parts that stay in a CPU's cache while several products go over them.
+
+    Nothing as large as all pairs is made then. Elsewhere, and in a trace, one part: where groups end is known there
+    only on the device.
+    """
+    count, size = pairs.tokens.shape[0], max(1, IN_CACHE // width)
+    if pairs.ends.device.type != "cpu" or torch.compiler.is_compiling() or count <= size:
+        yield slice(None), slice(None), pairs
+        return
+    ends = pairs.ends.tolist()
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        some, experts = slice(start, stop), slice(bisect_right(ends, start), bisect_left(ends, stop) + 1)
+        inside = (pairs.ends[experts] - start).clamp(max=stop - start)
+        yield some, experts, Pairs(pairs.tokens[some], pairs.gates[some], inside)
 
 
 def _forward(rows: Tensor, A: Tensor, B: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """The sum [N, d_out], and A x of the pairs [P, r]."""
-    low = grouped_mm(rows.index_select(0, pairs.tokens), A.transpose(1, 2), pairs.ends)
-    shares = grouped_mm(_gated(low, pairs.gates), B, pairs.ends)
-    return rows.new_zeros(rows.shape[0], B.shape[2]).index_add_(0, pairs.tokens, shares), low
+    out, lows = rows.new_zeros(rows.shape[0], B.shape[2]), []
+    for _, experts, part in _chunks(pairs, max(A.shape[2], B.shape[2])):
+        low = grouped_mm(rows.index_select(0, part.tokens), A[experts].transpose(1, 2), part.ends)
+        out.index_add_(0, part.tokens, grouped_mm(_gated(low, part.gates), B[experts], part.ends))
+        lows.append(low)
+    return out, lows[0] if len(lows) == 1 else torch.cat(lows)
 
 
 def _gated(low: Tensor, gates: Tensor) -> Tensor:
@@ -121,20 +146,23 @@ class _Grouped(Function):
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of rows, A, B, tokens (none) and gates."""
     rows, low, A, B, *parts = ctx.saved_tensors
-    tokens, gates, ends = pairs = Pairs(*parts)
+    pairs = Pairs(*parts)
     for_rows, for_A, for_B, _, for_gates = ctx.needs_input_grad[:5]
     with torch.no_grad(), without_autocast(grad):
-        seen = grad.index_select(0, tokens)
-        pull = grouped_mm(seen, B.transpose(1, 2), ends)  # g
-        d_rows = d_A = d_B = d_gates = None
-        if for_gates:
-            d_gates = (pull.to(gates.dtype) * low).sum(-1)
-        if for_B:
-            d_B = grouped_outer(_gated(low, gates), seen, ends)
-        pull = _gated(pull, pairs.gates)
-        if for_rows:
-            back = grouped_mm(pull, A, ends)
-            d_rows = back.new_zeros(ctx.tokens, A.shape[2]).index_add_(0, tokens, back)
-        if for_A:
-            d_A = grouped_outer(pull, rows.index_select(0, tokens), ends)
+        d_rows = grad.new_zeros(ctx.tokens, A.shape[2]) if for_rows else None
+        d_A = torch.zeros_like(A, memory_format=torch.contiguous_format) if for_A else None
+        d_B = torch.zeros_like(B, memory_format=torch.contiguous_format) if for_B else None
+        d_gates = torch.empty_like(pairs.gates) if for_gates else None
+        for some, experts, part in _chunks(pairs, max(A.shape[2], B.shape[2])):
+            here, seen = low[some], grad.index_select(0, part.tokens)
+            pull = grouped_mm(seen, B[experts].transpose(1, 2), part.ends)  # g
+            if d_gates is not None:
+                d_gates[some] = (pull.to(d_gates.dtype) * here).sum(-1)
+            if d_B is not None:
+                d_B[experts] += grouped_outer(_gated(here, part.gates), seen, part.ends)
+            pull = _gated(pull, part.gates)
+            if d_rows is not None:
+                d_rows.index_add_(0, part.tokens, grouped_mm(pull, A[experts], part.ends))
+            if d_A is not None:
+                d_A[experts] += grouped_outer(pull, rows.index_select(0, part.tokens), part.ends)
     return d_rows, d_A, d_B, None, d_gates

@@ -64,7 +64,7 @@ def _chosen(
         low = seen @ factors_A[expert].to(x.dtype).T
         gated = (low * (gates[token, slot, None] * stack.scales[expert])).to(x.dtype)
         out = out.index_add(0, token, gated @ factors_B[expert].to(x.dtype).T)
-    return out.view(*lead, -1)
+    return out.view(*lead, stack.B.shape[0])
 
 
 def _share(

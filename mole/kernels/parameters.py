@@ -77,8 +77,8 @@ def _mixed(factors: Tensor, weights: Tensor) -> Tensor:
     n, r, d = factors.shape
     weights = weights.to(factors.dtype)
     if weights.dim() == 2:
-        return (weights @ factors.view(n, r * d)).view(-1, r, d)
-    blocks = factors.view(n, r, weights.shape[1], -1)
+        return (weights @ factors.reshape(n, r * d)).view(-1, r, d)
+    blocks = factors.reshape(n, r, weights.shape[1], -1)
     return torch.einsum("bqn,nrqd->brqd", weights, blocks).reshape(-1, r, d)
 
 

@@ -91,7 +91,7 @@ def _few(start: Tensor | None, x: Tensor, A: Tensor, B: Tensor, q: Tensor) -> Te
 def _gated(h: Tensor, q: Tensor, columns: Tensor | None) -> Tensor:
     """h [B, T, R] ⊙ q [1|B, 1|T, n], each column with its expert's, in h's dtype: one rounding."""
     if columns is None:
-        grouped = h.view(*h.shape[:-1], q.shape[-1], -1) * q[..., None]
+        grouped = h.view(*h.shape[:-1], q.shape[-1], h.shape[-1] // q.shape[-1]) * q[..., None]
         return grouped.view(h.shape).to(h.dtype)
     return (h * q.index_select(-1, columns)).to(h.dtype)
 
@@ -99,7 +99,7 @@ def _gated(h: Tensor, q: Tensor, columns: Tensor | None) -> Tensor:
 def _sum_of_experts(product: Tensor, experts: int, columns: Tensor | None) -> Tensor:
     """[B, T, R] → [B, T, n]: the columns of each expert added up."""
     if columns is None:
-        return product.view(*product.shape[:-1], experts, -1).sum(-1)
+        return product.view(*product.shape[:-1], experts, product.shape[-1] // experts).sum(-1)
     # A product with a 0/1 matrix: index_add_ adds in an order of its own on a GPU.
     return product @ (columns[:, None] == torch.arange(experts, device=columns.device)).to(product.dtype)
 
