@@ -22,7 +22,7 @@ from mole.config.overrides import rewrite
 
 CONF = yaml_files.conf_dir()
 PRESETS = "experiment"
-FILLED = {"dataset": "arithmetic", "library": "local", "router": "top_k"}  # what a required choice is filled with
+FILLED = {"dataset": "arithmetic", "library": "local", "method": "linear", "router": "top_k"}  # what a required choice is filled with
 REGISTRIES = {found.group: found for found in vars(registry).values() if isinstance(found, registry.Registry)}
 
 
