@@ -251,10 +251,11 @@ def test_logits_are_those_of_peft_s_arrow(folders, general):
 
     task, gks = folders[: 4 - general], folders[4 - general :]
     settings = PeftArrowConfig(top_k=2, router_temperature=0.7, use_gks=bool(general))
-    oracle = create_arrow_model(llama(), task, settings, general_adapter_paths=gks or None).eval()
+    oracle = create_arrow_model(llama(torch.float64), task, settings, general_adapter_paths=gks or None).eval()
+    oracle.double()
     names = tuple(f"e{i}" for i in range(4 - general, 4))
     config = ArrowConfig(top_k=2, temperature=0.7, general_experts=names, subtract="factors" if names else None)
-    model = MultiExpertModel(llama(), steep_experts(), config, train="none").eval()
+    model = MultiExpertModel(llama(torch.float64), steep_experts(), config, train="none").eval()
     given = {name: batch()[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         oracle(**given)  # which is when it makes its prototypes
@@ -262,7 +263,7 @@ def test_logits_are_those_of_peft_s_arrow(folders, general):
             for path, router in model.routers().items():
                 layer = oracle.base_model.model.get_submodule(path).lora_arrow["arrow_router"]
                 layer.prototypes.copy_(router.prototypes[: 4 - general])
-        torch.testing.assert_close(model(**given).logits, oracle(**given).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(model(**given).logits, oracle(**given).logits, rtol=0, atol=1e-5)
 
 
 def test_what_an_expert_adapts_of_another_kind_is_refused_where_the_router_is_built():
