@@ -4,6 +4,7 @@ from mole.mixtures.adapter_mixture import MixtureLayer
 from mole.mixtures.banks import LoraBank
 from mole.mixtures.cache import TwoStreamCache
 from mole.mixtures.files import Origin, load_mixture, origins_of, save_mixture
+from mole.mixtures.listening import own_statistics
 from mole.mixtures.model import MultiExpertModel
 from mole.mixtures.opening import experts_of, mixture_folder, mixture_of, open_model, pinned
 from mole.mixtures.wrapping import MixtureOptions
@@ -21,6 +22,7 @@ __all__ = [
     "mixture_of",
     "open_model",
     "origins_of",
+    "own_statistics",
     "pinned",
     "save_mixture",
 ]

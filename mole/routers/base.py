@@ -145,6 +145,10 @@ class Router(nn.Module):
     def check_state(self) -> None:
         """Raises ValueError if a state was loaded that no router of this config over these experts has."""
 
+    def own_statistics(self) -> dict[str, Any]:
+        """What it says of itself at every logged step, beside what its routings show: a number, or {name: number}."""
+        return {}
+
     def mergeable(self) -> Tensor | tuple[Tensor, ...]:
         """The weights [E] that every token gets, or one such tensor for each site; ValueError if tokens differ."""
         raise ValueError(f"router={self.config.name} weighs each input anew: no single expert does the same")

@@ -151,6 +151,14 @@ class PolyRouter(Router):
                 if "text_sums" in self.state_dict() and "text_sums" in old.state_dict():
                     self.text_sums[row] = old.text_sums[before]
 
+    def own_statistics(self) -> dict[str, Any]:
+        """How far tasks have made up their minds, by task, and the means over them: see `skills`."""
+        found: dict[str, Any] = {}
+        for name, values in self.skills().items():
+            found[name] = float(values.mean())
+            found[f"tasks/{name}"] = dict(zip(self.tasks, values.tolist(), strict=True))
+        return found
+
     def skills(self) -> dict[str, Tensor]:
         """How far tasks have made up their minds, each [tasks]: means over blocks, of the u without noise.
 

@@ -154,6 +154,10 @@ class StaticRouter(Router):
                 found[group]["base"] = 1.0 - sum(row)
         return found
 
+    def own_statistics(self) -> dict[str, Any]:
+        """The weights of every group, by expert."""
+        return {f"{group}/weights": weights for group, weights in self.weights_by_group().items()}
+
     def _by_site(self, of_groups: Sequence[Any]) -> list[Any]:
         found: list[Any] = [None] * len(self.sites)
         for one, members in zip(of_groups, self.groups.values(), strict=True):

@@ -83,8 +83,10 @@ class Session:
         return True
 
     def begin(self) -> None:
-        """Before step 1: an empty metrics file, and the first evaluation, so that its failure shows at once."""
+        """Before step 1: a metrics file with what is known by then, and an evaluation, to see at once if it fails."""
         self.metrics.start()
+        if self.extras is not None and (values := self.extras()):
+            self.metrics.write(step=0, phase="start", **values)
         self._evaluate()
 
     def train(self, stop: StopRequest) -> None:

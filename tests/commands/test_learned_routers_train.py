@@ -1,7 +1,8 @@
 """`mole build-moe` with every router that learns, and with the presets of learned routers."""
 
+import json
+
 import pytest
-import torch
 from safetensors.torch import load_file
 from walk import SHORT, SMALL, data, mole
 
@@ -36,10 +37,18 @@ def _no_rate(router):
 @pytest.mark.parametrize("preset", ["lora-soups", "mhr-z", "mhr"])
 def test_presets_build_and_train(walk, tmp_path, preset):
     state = build(walk, tmp_path / "run", f"experiment={preset}")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    start, end = lines[0], [line for line in lines if line["phase"] == "train"][-1]
+    assert (start["step"], start["phase"], end["step"]) == (0, "start", 4)
     shapes = {tuple(tensor.shape) for tensor in state.values()}
     if preset == "lora-soups":
         assert shapes == {(len(state["theta"]), 2)}
         assert len(state["theta"]) > 2
-        assert not torch.allclose(state["theta"], torch.full((1,), 0.5))
+        first, *_ = (name for name in start if name.endswith("/weights"))
+        assert start[first] == {"reverse": 0.5, "shouting": 0.5}
+        assert list(end[first].values()) == pytest.approx(state["theta"][0].tolist())
+        assert end[first] != start[first]
     else:
+        assert end["router/discreteness"] < start["router/discreteness"] <= 1
+        assert set(end["router/tasks/sparsity"]) == {"reverse", "shouting"}
         assert shapes == {(2, 4, 2)}  # tasks, blocks, skills

@@ -10,7 +10,7 @@ from mixture_cases import TASKS, expert, llama
 
 from mole.backbones import Backbone
 from mole.backbones.load import shapes_digest
-from mole.mixtures import MultiExpertModel, load_mixture, save_mixture
+from mole.mixtures import MultiExpertModel, load_mixture, own_statistics, save_mixture
 from mole.routers import AttentionConfig, PolyConfig, SmearConfig, StaticConfig
 
 ALL = pytest.mark.parametrize("name", LEARNED)
@@ -319,3 +319,23 @@ def test_forward_and_generate_change_no_flag_and_no_state(name, full, prompts):
     model.generate(**prompts, max_new_tokens=2)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert [(p.requires_grad, m.training) for m in model.modules() for p in m.parameters()] == flags
+
+
+# ---- what they say of themselves
+def test_routers_of_layers_are_averaged_and_named_one_by_one():
+    model = learned("poly")
+    said, routers = own_statistics(model), model.routers()
+    values = [float(router.skills()["discreteness"].mean()) for router in routers.values()]
+    assert said["router/discreteness"] == pytest.approx(sum(values) / len(values))
+    first = next(iter(routers))
+    assert said[f"router/{first}/discreteness"] == pytest.approx(values[0])
+    assert said["router/tasks/effective_skills"].keys() == set(routers[first].tasks)
+    assert own_statistics(learned("rkhs")) == {}
+
+
+def test_static_weights_are_told_by_group():
+    said = own_statistics(learned("cat"))
+    assert len(said) == len(learned("cat").sites)
+    assert all(set(weights) == set(TASKS) for weights in said.values())
+    (one,) = own_statistics(learned("static")).values()
+    assert sum(one.values()) == pytest.approx(1.0)
