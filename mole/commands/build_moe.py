@@ -211,7 +211,7 @@ def _train(
         accelerator=accelerator,
         seed=config.seed,
         evaluate=Validation(model, held_out, collate, config.training.batch_size) if held_out else None,
-        extras=statistics.read if statistics else None,
+        extras=lambda: mixtures.own_statistics(model) | (statistics.read() if statistics else {}),
         resume=config.run.resume == "auto",
     )
 
