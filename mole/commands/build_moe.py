@@ -36,6 +36,18 @@ Collate = Callable[[list[Sample]], dict[str, Any]]
 
 
 @config_dataclass
+class MixingConfig:
+    """How a mixture computes, where experts leave a choice: the fields of `MixtureOptions` but for the kernel."""
+
+    modules_to_save: str = "error"
+    pooled_gate: Literal["auto", "first", "last", "mean"] = "auto"
+    expert_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    expert_dropout: Literal["auto", "off", "shared", "independent"] = "auto"
+    gate_lora_bias: bool = True
+    scaling_pass_dropout: bool = False
+
+
+@config_dataclass
 class BuildMoe:
     """Experts, a router, and what trains it."""
 
@@ -54,6 +66,7 @@ class BuildMoe:
     experts: tuple[str, ...] | None = None
     train: Literal["router", "experts", "both"] = "router"
     kernel: Literal["auto", "loop", "stacked", "grouped", "segments", "folded"] = "auto"
+    mixing: MixingConfig = dataclasses.field(default_factory=MixingConfig)
     allow_other_backbone: bool = False
     losses: dict[str, float] = dataclasses.field(default_factory=dict)
     keep_hidden_states: Literal["float32", "bfloat16"] | None = None
@@ -186,6 +199,7 @@ def _mixture(config: BuildMoe, backbone: Backbone, experts: dict[str, Expert]) -
             kernel=config.kernel,
             train=config.train if config.learns else "none",
             allow_other_backbone=config.allow_other_backbone,
+            **vars(config.mixing),
         )
     if parts is not None:
         carry(model, parts)

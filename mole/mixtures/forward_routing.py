@@ -40,7 +40,8 @@ def route(model: Any, frame: Frame, inputs: dict[str, Any]) -> TwoStreamCache | 
         return None
     cache, use_cache, pair = inputs.get("past_key_values"), inputs.get("use_cache", False), None
     if cache is not None or use_cache:
-        pair = model.streams.pair(cache, use_cache=use_cache, config=model.config, fingerprint=router.fingerprint())
+        fingerprint = (*router.fingerprint(), *_expert_versions(model))
+        pair = model.streams.pair(cache, use_cache=use_cache, config=model.config, fingerprint=fingerprint)
     if encoder_decoder.is_one(model.backbone):
         frame.routings = encoder_decoder.route(model, router, frame, inputs, pair)
     else:
@@ -55,6 +56,12 @@ def _embeddings(model: Any, inputs: dict[str, Any]) -> Tensor | None:
     if inputs.get("inputs_embeds") is not None or inputs.get("input_ids") is None:
         return inputs.get("inputs_embeds")
     return model.backbone.get_input_embeddings().weight.detach()[inputs["input_ids"]]
+
+
+def _expert_versions(model: Any) -> tuple[int, ...]:
+    """How often the experts were changed; none for frozen ones, which nothing changes."""
+    layers = model.layers.values()
+    return tuple(p._version for layer in layers for p in layer.bank.parameters()) if model.trains_experts else ()
 
 
 def _routing_pass(model: Any, router: Router, inputs: dict[str, Any], pair: TwoStreamCache | None) -> Tensor:

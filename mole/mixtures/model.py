@@ -153,8 +153,9 @@ class MultiExpertModel(nn.Module, Generation):
         if train not in TRAINS:
             raise ValueError(unknown("train", train, TRAINS))
         self.backbone.requires_grad_(False)
+        self.trains_experts = train in ("experts", "both")
         for layer in self.layers.values():
-            layer.bank.requires_grad_(train in ("experts", "both"))
+            layer.bank.requires_grad_(self.trains_experts)
         for module in self.trained_modules().values():
             module.requires_grad_(train != "none")
         for router in self.routers().values():

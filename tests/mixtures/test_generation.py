@@ -128,6 +128,16 @@ def test_caches_that_cannot_go_on_are_refused(name, prompts):
             model(input_ids=ids[:, :1], past_key_values=pair, use_cache=True)
 
 
+def test_a_cache_is_refused_once_trained_experts_have_changed(prompts):
+    model, ids = mixture("xlora"), prompts["input_ids"][1:]
+    model.set_trainable("both")
+    with torch.no_grad():
+        pair = model(input_ids=ids, use_cache=True).past_key_values
+        next(iter(model.layers.values())).bank.A.add_(1.0)
+        with pytest.raises(ValueError, match="changed since this cache was filled"):
+            model(input_ids=ids[:, :1], past_key_values=pair, use_cache=True)
+
+
 def test_generation_without_experts_equals_the_backbones(prompts):
     model = mixture("xlora")
     inputs = {k: prompts[k] for k in ("input_ids", "attention_mask")}
