@@ -79,7 +79,7 @@ def _with_more_axes(routing: Routing, x: Tensor, lead: torch.Size) -> tuple[Rout
     """`x` [B, T, *more, d]: every token's gates serve all of its vectors."""
     if routing.weights.shape[1] == 1:
         return routing, x.flatten(1, -2)
-    flat = _changed(routing, lambda tensor: tensor.expand(lead[0], lead[1], -1).flatten(0, 1)[:, None])
+    flat = _changed(routing, lambda tensor: tensor.expand(*lead[:2], *tensor.shape[2:]).flatten(0, 1)[:, None])
     return flat, x.flatten(0, 1).flatten(1, -2)
 
 

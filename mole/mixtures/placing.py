@@ -12,6 +12,8 @@ from torch import Tensor
 from mole.backbones.modules import device_of
 from mole.routing import Routing
 
+SPARSE = 12  # experts for each one chosen
+
 
 def placed(model: Any, routed: Routing | tuple[Routing, ...], rows: int) -> dict[str, Routing]:
     """Site → routing, of one for all sites or one for each, for a batch of `rows`."""
@@ -31,6 +33,8 @@ def spread(routings: dict[str, Routing], num_experts: int) -> dict[str, Routing]
     first = next(iter(sparse.values()), None)
     if first is None or any(r.weights.shape != first.weights.shape for r in sparse.values()):
         return routings
+    if num_experts > SPARSE * first.weights.shape[-1] and not torch.compiler.is_compiling():
+        return routings  # layers then compute the chosen experts only
     weights = torch.cat([r.weights for r in sparse.values()], dim=1)
     ids = torch.cat([r.expert_ids.expand_as(r.weights) for r in sparse.values()], dim=1)  # type: ignore[union-attr]
     parts = Routing(weights, ids).dense(num_experts).split(first.weights.shape[1], dim=1)

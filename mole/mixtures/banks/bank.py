@@ -204,14 +204,17 @@ class BankOfBanks(nn.Module):
 
     def delta(self, base_out: Tensor, x: Tensor, routing: Routing) -> Tensor:
         """As a bank's."""
-        return sum(
-            (bank.delta(base_out, x, routing) for bank in self.banks[1:]), self.banks[0].delta(base_out, x, routing)
-        )
+        found = self.banks[0].delta(base_out, x, routing)
+        for bank in self.banks[1:]:
+            found = found + bank.delta(base_out, x, routing)
+        return found
 
     def inner(self, base_out: Tensor, x: Tensor, direction: Tensor) -> Tensor:
         """As a bank's."""
-        first, *others = (bank.inner(base_out, x, direction) for bank in self.banks)
-        return sum(others, first)
+        found = self.banks[0].inner(base_out, x, direction)
+        for bank in self.banks[1:]:
+            found = found + bank.inner(base_out, x, direction)
+        return found
 
     def weights(self, expert: int) -> LoraWeights | None:
         """The LoRA weights of the expert, put together from the parts; None if it has none here."""

@@ -58,8 +58,8 @@ class ConvolutionBank(Bank):
         out = base_out
         lows = [convolve(x, A.to(x.dtype), stride=base.stride, padding=base.padding) for A in self.A]
         if self.combine == "parameters":
-            mean = sum(gates[:, place : place + 1] * low for place, low in enumerate(lows)).to(x.dtype)
-            lows = [mean] * len(lows)
+            gated = [gates[:, place : place + 1] * low for place, low in enumerate(lows)]
+            lows = [torch.stack(gated).sum(0).to(x.dtype)] * len(lows)
         for place, (low, scale) in enumerate(zip(lows, self.scales, strict=True)):
             B = self.B[place].to(x.dtype)
             delta = convolve(low, B, groups=base.groups) * scale
