@@ -10,60 +10,24 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import platform
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import peft
 import torch
 import transformers
+from measuring import Row, saved_bytes, seconds, timed, write
 from xlora_models import MIXED, TRAINED, Setting, in_mole, in_peft, llama
 
 from mole.mixtures import MultiExpertModel
 from mole.mixtures.hidden_store import HiddenStore
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. `goal` as in the issue; a ratio `at least` or `at most` that."""
-
-    part: str
-    case: str
-    value: float
-    unit: str
-    goal: float | None = None
-    at_most: bool = False
-    detail: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the goal is reached; None where there is none."""
-        if self.goal is None:
-            return None
-        return self.value <= self.goal if self.at_most else self.value >= self.goal
-
-
-def medians(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """CPU seconds of each case, interleaved; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for round_number in range(rounds + 1):
-        for name, run in cases.items():
-            gc.collect()
-            began = time.process_time()
-            run()
-            if round_number:
-                times[name].append(time.process_time() - began)
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
-def seconds(found: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f} s" for name, value in found.items())
 
 
 def tokens(setting: Setting, rows: int, length: int) -> torch.Tensor:
@@ -81,7 +45,7 @@ def forward(quick: bool, rounds: int) -> list[Row]:
         return model(input_ids=ids, use_cache=False).logits
 
     difference = (run(mine) - run(theirs)).abs().max().item()
-    found = medians({"PEFT": lambda: run(theirs), "mole": lambda: run(mine)}, rounds)
+    found = timed({"PEFT": lambda: run(theirs), "mole": lambda: run(mine)}, rounds)
     return [
         Row("forward", "2x128 tokens, PEFT / mole", found["PEFT"] / found["mole"], "x", 2.0, detail=seconds(found)),
         Row("forward", "largest difference of logits", difference, "", 1e-5, at_most=True),
@@ -135,7 +99,7 @@ def step(quick: bool, rounds: int) -> list[Row]:
         cases = {"PEFT": step_of(theirs, ids), "mole": step_of(mine, ids), "base": base_step(setting, ids)}
         with tempfile.TemporaryDirectory() as folder:
             cases["stored"] = stored_step(mine, ids, Path(folder))
-            found = medians(cases, rounds)
+            found = timed(cases, rounds)
         above = (found["PEFT"] - found["base"]) / (found["mole"] - found["base"])
         case = f"E={experts}, PEFT / mole"
         rows += [
@@ -152,23 +116,6 @@ def step(quick: bool, rounds: int) -> list[Row]:
     return rows
 
 
-def saved_bytes(model, ids: torch.Tensor, parameters: set[int]) -> int:
-    """Bytes of the tensors that a forward leaves for its backward; each storage once, parameters not at all."""
-    seen: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in parameters:
-            seen.setdefault(place, tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = model(input_ids=ids, use_cache=False).logits  # while it lives no storage is used again
-    total = sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
-    del kept
-    return total
-
-
 def memory(quick: bool, rounds: int) -> list[Row]:
     """What a forward of 2 x 256 tokens keeps for its backward."""
     rows = []
@@ -178,8 +125,8 @@ def memory(quick: bool, rounds: int) -> list[Row]:
         models = {"PEFT": in_peft(setting, mine), "mole": mine}
         found = {}
         for name, model in models.items():
-            own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-            found[name] = saved_bytes(model, ids, own) / 2**20
+            run = partial(model, input_ids=ids, use_cache=False)
+            found[name] = saved_bytes(lambda run=run: run().logits, model.parameters()) / 2**20
         detail = ", ".join(f"{name} {value:.1f} MiB" for name, value in found.items())
         ratio = found["mole"] / found["PEFT"]
         rows.append(
@@ -201,13 +148,13 @@ def generate(quick: bool, rounds: int) -> list[Row]:
             outputs[name] = model.generate(input_ids=ids, **options)
 
         cases = {"mole": lambda: run("mole", mine), "backbone": lambda: run("backbone", backbone)}
-        found = medians(cases, rounds)
+        found = timed(cases, rounds)
         slow = 0 if new > 16 else max(1, rounds // 2)
         began = time.process_time()
         run("PEFT", theirs)
         found["PEFT"] = time.process_time() - began
         if slow:
-            found["PEFT"] = medians({"PEFT": lambda: run("PEFT", theirs)}, slow)["PEFT"]
+            found["PEFT"] = timed({"PEFT": lambda: run("PEFT", theirs)}, slow)["PEFT"]
         same = torch.equal(outputs["PEFT"], outputs["mole"])
         case = f"64+{new} tokens"
         rows += [
@@ -254,7 +201,7 @@ def disabled(quick: bool, rounds: int) -> list[Row]:
         return backbone(input_ids=ids, use_cache=False).logits
 
     equal = torch.equal(off(), plain())
-    found = medians({"off": off, "backbone": plain}, rounds * 2)
+    found = timed({"off": off, "backbone": plain}, rounds * 2)
     ratio = found["off"] / found["backbone"]
     return [
         Row("experts off", "2x128 tokens, mole / backbone", ratio, "x", 1.05, at_most=True, detail=seconds(found)),
@@ -280,25 +227,6 @@ def retained(quick: bool, rounds: int) -> list[Row]:
 PARTS = {part.__name__: part for part in (forward, step, memory, generate, flat, disabled, retained)}
 
 
-# ---- the table
-def table(rows: list[Row], facts: dict) -> str:
-    """Markdown."""
-    lines = [
-        "# X-LoRA: mole and PEFT",
-        "",
-        f"PEFT {facts['peft']}, torch {facts['torch']}, transformers {facts['transformers']}; {facts['cpu']}, one "
-        f"thread; medians of {facts['rounds']} interleaved rounds of CPU time. Models: {facts['models']}.",
-        "",
-        "| | | measured | wanted | |",
-        "|---|---|---:|---:|---|",
-    ]
-    for row in rows:
-        wanted = "" if row.goal is None else f"{'≤' if row.at_most else '≥'} {row.goal:g}"
-        missed = " **missed**" if row.met is False else ""
-        lines.append(f"| {row.part} | {row.case} | {row.value:.3g} {row.unit} | {wanted}{missed} | {row.detail} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Measures, prints and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -318,7 +246,7 @@ def main() -> None:
         found = PARTS[name](options.quick, rounds)
         rows += found
         for row in found:
-            print(f"{row.part:32}{row.case:36}{row.value:9.3g} {row.unit:3}{row.detail}", flush=True)
+            print(row, flush=True)
     facts = {
         "peft": peft.__version__,
         "torch": torch.__version__,
@@ -331,10 +259,12 @@ def main() -> None:
             for s in (MIXED, TRAINED)
         ),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "xlora.md").write_text(table(rows, facts), encoding="utf-8")
-    listed = [{**asdict(row), "met": row.met} for row in rows]
-    (options.out / "xlora.json").write_text(json.dumps({**facts, "rows": listed}, indent=1) + "\n", encoding="utf-8")
+    head = (
+        "# X-LoRA: mole and PEFT\n\n"
+        f"PEFT {facts['peft']}, torch {facts['torch']}, transformers {facts['transformers']}; {facts['cpu']}, one "
+        f"thread; medians of {facts['rounds']} interleaved rounds of CPU time. Models: {facts['models']}."
+    )
+    write(rows, facts, head, options.out / "xlora")
 
 
 if __name__ == "__main__":
