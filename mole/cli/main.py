@@ -85,6 +85,7 @@ _TABLE = (
     ),
     Command("quickstart", "the whole way on generated tasks: minutes, and nothing to download", "look", script=True),
     Command("library list", "the experts of a library", "keep", ("library",)),
+    Command("library similar", "which experts of a library are alike, from their weights alone", "keep", ("library",)),
     Command("library show", "the card and the files of an expert", "keep", ("library", "name")),
     Command("library add", "check an expert's folder and put it into a library", "keep", ("library", "folder")),
     Command("library get", "fetch an expert, verified, into a folder", "keep", ("library", "name", "dest")),

@@ -105,7 +105,7 @@ def merged_by(
     modules: dict[str, Any] = {}
     reports: list[LayerReport] = []
     if kind == "parameters":
-        _check_average(method, rank)
+        _check_average(method, rank, experts)
         modules = averaged(experts, method.shares, DTYPES[dtype])
     else:
         method.survey(lambda: layers_of(experts, backbone, device))
@@ -180,14 +180,15 @@ def _kind(experts: Mapping[str, Adapter]) -> str:
     return kind if kind in ("lora", "ia3") else "parameters"
 
 
-def _check_average(method: Merge, rank: int | str) -> None:
+def _check_average(method: Merge, rank: int | str, experts: Mapping[str, Adapter]) -> None:
     if method.config.name != "linear":
         raise ValueError(
             f"method={method.config.name} merges what is added to a matrix (LoRA, DoRA, IA3); of these experts only "
             "the parameters can be averaged: use method=linear"
         )
-    if rank not in ("auto", "exact"):
-        raise ValueError(f"rank={rank}: these experts have no rank to choose: leave it at auto")
+    own = {part.rank for adapter in experts.values() for part in adapter.modules.values()}
+    if rank not in ("auto", "exact", *own):
+        raise ValueError(f"rank={rank}: parameters are averaged in the shapes that they have: leave it at auto")
 
 
 def _adapter(
