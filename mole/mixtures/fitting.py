@@ -58,12 +58,12 @@ def fitted(routing: Routing, x: Tensor, base_out: Tensor, fit: Fit, frame: Frame
         return _for_channels(routing, x, fit, frame), x
     rows, shape = (base_out if fit.takes == "outputs" else x), routing.weights.shape
     lead = rows.shape if fit.takes == "ids" else rows.shape[:-1]
-    if len(lead) == 2 and shape[0] in (1, lead[0]) and shape[1] in (1, lead[1]):
+    if len(lead) == 2 and _serves(shape[0], lead[0]) and _serves(shape[1], lead[1]):
         return routing, x
     if fit.takes == "ids":
-        if len(lead) == 2 and lead[0] == 1 and shape[1] in (1, lead[1]):  # positions, the same for all examples
+        if len(lead) == 2 and lead[0] == 1 and _serves(shape[1], lead[1]):  # positions, the same for all examples
             return routing, x.expand(shape[0], -1)
-    elif len(lead) > 2 and shape[0] in (1, lead[0]) and shape[1] in (1, lead[1]):
+    elif len(lead) > 2 and _serves(shape[0], lead[0]) and _serves(shape[1], lead[1]):
         return _with_more_axes(routing, x, lead)
     elif len(lead) == 1:
         found = _for_flat(routing, lead[0], fit, frame)
@@ -73,6 +73,11 @@ def fitted(routing: Routing, x: Tensor, base_out: Tensor, fit: Fit, frame: Frame
         f"the routing for {fit.site} has shape {tuple(shape)}, which fits no input of shape {tuple(rows.shape)}: there "
         "are gates for every token, for a flat view of all tokens, or for one pooled vector per example"
     )
+
+
+def _serves(size: int, wanted: int) -> bool:
+    """Whether an axis of that size is there, or is shared."""
+    return size == 1 or size == wanted  # not `in`: a trace finds no symbolic length in a tuple
 
 
 def _with_more_axes(routing: Routing, x: Tensor, lead: torch.Size) -> tuple[Routing, Tensor]:
