@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from mole.adapters.adapter import Adapter
 from mole.backbones.modules import in_out_features, kind_of
@@ -33,10 +34,16 @@ def width_of(model: Any) -> int:
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks, path → module, in order. Raises ValueError for a model without any."""
+    """The repeated blocks, path → module, in order: those of a tower for images or sound left out.
+
+    Raises ValueError for a model without any.
+    """
     found: dict[str, nn.Module] = {}
+    towers = tuple(f"{path}." for path, module in model.named_modules() if path and _reads_other_than(model, module))
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and all(_attention_names(block) for block in module) and len(module):
+        if not isinstance(module, nn.ModuleList) or not len(module) or path.startswith(towers):
+            continue
+        if all(_attention_names(block) for block in module):
             found |= {f"{path}.{name}": block for name, block in module.named_children()}
     if not found:
         raise ValueError(f"a {type(model).__name__} has no list of blocks with an attention in each: name the modules")
@@ -92,12 +99,17 @@ def outputs_of_blocks(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str,
 
 
 def inner_model(model: Any) -> tuple[str, nn.Module]:
-    """The model without its head, with its path. Raises ValueError for one that has none, or reads no text."""
-    path = getattr(model, "base_model_prefix", "")
-    inner = getattr(model, path, None) if path else None
-    if not isinstance(inner, nn.Module) or inner is model:
-        raise ValueError(f"a {type(model).__name__} has no inner model (base_model_prefix) whose input can be extended")
-    return path, inner
+    """The model around the blocks, without a head, with its path: the innermost, as heads may call it at once.
+
+    Raises ValueError where the blocks are in no model of their own.
+    """
+    parts = next(iter(blocks(model))).split(".")
+    for end in range(len(parts) - 2, 0, -1):
+        path = ".".join(parts[:end])
+        inner = model.get_submodule(path)
+        if isinstance(inner, PreTrainedModel):
+            return path, inner
+    raise ValueError(f"a {type(model).__name__} has no inner model whose input can be extended")
 
 
 def placed(model: Any, adapter: Adapter) -> Adapter:
@@ -121,6 +133,12 @@ def placed(model: Any, adapter: Adapter) -> Adapter:
 def symbolic(adapter: Adapter) -> Adapter:
     """The adapter with symbols in the place of paths, where its weights have one."""
     return replace(adapter, modules={getattr(w, "symbol", None) or path: w for path, w in adapter.modules.items()})
+
+
+def _reads_other_than(model: nn.Module, module: nn.Module) -> bool:
+    """Whether `module` is a tower for another kind of input than that of `model`."""
+    mine = getattr(model, "main_input_name", None)
+    return isinstance(module, PreTrainedModel) and module.main_input_name != mine == "input_ids"
 
 
 def _attention_names(block: nn.Module) -> list[str]:

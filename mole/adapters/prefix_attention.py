@@ -19,6 +19,7 @@ from mole.adapters.places import inner_model
 from mole.backbones.modules import reads_left_to_right
 
 _ATTENTION = ("eager", "sdpa")
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class AttentionFacts:
     """What is to be known of an attention: its key heads and their width, its arguments by place, its rotation.
 
     `rotary` the backbone's rotary embedding, `rotate` what applies its cosines and sines, `layer_type` its argument
-    where blocks differ in their rotation.
+    where blocks differ in their rotation. `cache` what the attention calls its cache.
     """
 
     heads: int
@@ -34,6 +35,7 @@ class AttentionFacts:
     arguments: tuple[str, ...]
     rotary: nn.Module
     rotate: Any
+    cache: str
     layer_type: str | None = None
 
     def __deepcopy__(self, memo: dict) -> AttentionFacts:
@@ -67,8 +69,9 @@ def facts_of(attention: nn.Module, model: Any) -> AttentionFacts:
             f"backbone.attention={' or '.join(_ATTENTION)}"
         )
     arguments = tuple(signature(type(attention).forward).parameters)[1:]
-    if not {"hidden_states", "attention_mask", "past_key_values"} <= set(arguments):
-        raise ValueError(f"a {type(attention).__name__} takes no attention_mask and past_key_values by these names")
+    cache = next((name for name in _CACHES if name in arguments), None)
+    if cache is None or not {"hidden_states", "attention_mask"} <= set(arguments):
+        raise ValueError(f"a {type(attention).__name__} takes no attention_mask, or no cache that is called as others")
     rotary = next((m for n, m in inner_model(model)[1].named_modules() if n.rsplit(".", 1)[-1] == "rotary_emb"), None)
     rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if rotary is None or rotate is None:
@@ -76,14 +79,14 @@ def facts_of(attention: nn.Module, model: Any) -> AttentionFacts:
             "prefixes need rotary positions: with positions that are learned, or none, the tokens after a prefix "
             "would have other places in each expert; use adapter=prompt"
         )
-    if hasattr(attention, "kv_a_proj_with_mqa"):
-        raise ValueError(f"a {type(attention).__name__} has keys and values of unlike widths")
+    if hasattr(attention, "kv_a_proj_with_mqa") or hasattr(attention, "num_kv_heads"):
+        raise ValueError(f"a {type(attention).__name__} has heads of its own kind: no prefix fits them")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(attention, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None) or config.hidden_size // config.num_attention_heads
     types = getattr(config, "layer_types", None)
     takes_type = types and "layer_type" in signature(type(rotary).forward).parameters
     layer_type = types[attention.layer_idx] if takes_type else None  # type: ignore[index]
-    return AttentionFacts(heads, head_dim, arguments, rotary, rotate, layer_type)
+    return AttentionFacts(heads, head_dim, arguments, rotary, rotate, cache, layer_type)
 
 
 def attend(
@@ -101,7 +104,7 @@ def attend(
     keys; None: 0.
     """
     given = {**dict(zip(facts.arguments, args, strict=False)), **kwargs}
-    x, cache = given["hidden_states"], given.get("past_key_values")
+    x, cache = given["hidden_states"], given.get(facts.cache)
     mask: Any = given.get("attention_mask")
     if mask is None:
         mask = _own_mask(attention, x, cache)
@@ -112,7 +115,7 @@ def attend(
     first = mask.new_zeros(1, 1, 1, keys.shape[2]) if bias is None else bias.to(mask.dtype)
     lead = torch.broadcast_shapes(mask.shape[:-1], first.shape[:-1])
     mask = torch.cat([first.expand(*lead, -1), mask.expand(*lead, -1)], dim=-1)
-    return attention(**{**given, "attention_mask": mask, "past_key_values": _InFront(cache, keys, values)})
+    return attention(**{**given, "attention_mask": mask, facts.cache: _InFront(cache, keys, values)})
 
 
 def _own_mask(attention: nn.Module, x: Tensor, cache: Any) -> Tensor:
