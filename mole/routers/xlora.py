@@ -101,6 +101,29 @@ class XLoraRouter(Router):
         self._constant = torch.empty(1, 1, shape.num_experts)  # gates of pass 1
         self.configure(config)
 
+    def carry(self, old: Router) -> None:
+        """Takes over the classifier; of its last layer the rows of the experts (and sites) that both have, by name."""
+        assert isinstance(old, XLoraRouter)
+        mine, theirs = self.classifier[-1], old.classifier[-1]
+        fresh = {name: parameter.detach().clone() for name, parameter in mine.named_parameters()}
+        super().carry(old)
+        experts = [
+            (e, old.shape.expert_names.index(n))
+            for e, n in enumerate(self.shape.expert_names)
+            if n in old.shape.expert_names
+        ]
+        sites = [(0, 0)]
+        if self.config.layerwise:
+            sites = [(i, old.shape.sites.index(s)) for i, s in enumerate(self.shape.sites) if s in old.shape.sites]
+        with torch.no_grad():
+            for name, start in fresh.items():
+                source = theirs.get_parameter(name).view(-1, old.shape.num_experts, *start.shape[1:])
+                made = start.view(-1, self.shape.num_experts, *start.shape[1:])
+                for to_site, site in sites:
+                    for to, expert in experts:
+                        made[to_site, to] = source[site, expert]
+                mine.get_parameter(name).copy_(start)
+
     def configure(self, config: XLoraConfig) -> None:
         """Other settings from the next forward on. Raises ValueError for what is built in: depth, size, bias …"""
         if config.top_k is not None and config.top_k > self.shape.num_experts:
