@@ -110,7 +110,7 @@ def _from_library(config: Merge) -> tuple[Merged, Expert]:
         rank=config.rank,
         dtype=config.dtype,
         backbone=None if backbone is None else backbone.model,
-        device=config.device,
+        device=_device(config),
     )
     reference = next(iter(cards.values())).backbone
     return merged, _described(config, merged, reference, common_facts(cards, config.library.url))
@@ -154,7 +154,7 @@ def _from_mixture(config: Merge, place: str) -> tuple[Merged, Expert]:
         dtype=config.dtype,
         backbone=backbone.model,
         gate_lora_bias=gated,
-        device=config.device,
+        device=_device(config),
     )
     if stand_ins:
         merged = merging.with_modules(merged, {path: standing.module for path, standing in stand_ins.items()})
@@ -178,6 +178,14 @@ def _check_logits(merged: Merged, backbone: Backbone, inputs: dict[str, Any], wa
     exact = merged.error == 0 and merged.adapter.dtype in (torch.float32, torch.float64)
     if exact and not difference <= ROUNDING.get(wanted.dtype, 1e-2):
         raise ValueError("the expert does not give what the mixture gives, and was not kept: please report this")
+
+
+def _device(config: Merge) -> torch.device:
+    """Where the arithmetic is done. Raises ValueError for a device that is not here, or has no float64."""
+    device = backbones.resolve_device(config.device)
+    if device.type == "mps":
+        raise ValueError("device=mps has no float64, in which experts are merged: set device=cpu")
+    return device
 
 
 def _settings(config: Merge, merged: Merged) -> dict[str, Any]:

@@ -111,6 +111,7 @@ def layers_of(
         forms, deltas = {}, {}
         for name, weights in here.items():
             try:
+                _check_finite(weights)
                 forms[name], deltas[name] = _form(weights), _delta(weights, path, backbone, device)
             except ValueError as error:
                 raise ValueError(f"expert {name!r} at {path}: {error}") from error
@@ -126,6 +127,11 @@ def column(vector: Tensor, device: str | torch.device) -> Delta:
     """A vector as a matrix of one column, of rank 1."""
     values = vector.detach().flatten().to(device, PRECISION)
     return Delta(values[:, None], values.new_ones(1, 1), 1.0)
+
+
+def _check_finite(weights: Any) -> None:
+    if odd := [name for name, tensor in weights.tensors().items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{', '.join(odd)} holds numbers that are not finite: the expert's training went wrong")
 
 
 def _form(weights: Any) -> Form:

@@ -26,8 +26,12 @@ def tiny():
 
 @pytest.fixture
 def library(tmp_path):
-    """Two experts that nobody has trained: `reverse` and `shouting`, of unlike ranks."""
-    backbone, home = tiny(), ExpertLibrary.open(str(tmp_path / "library"))
+    return filled(tmp_path / "library")
+
+
+def filled(folder, dora=False):
+    """A library with two experts that nobody has trained: `reverse` and `shouting`, of unlike ranks."""
+    backbone, home = tiny(), ExpertLibrary.open(str(folder))
     for rank, task in ((3, "reverse"), (4, "shouting")):
         generator = torch.Generator().manual_seed(rank)
         modules = {
@@ -35,13 +39,14 @@ def library(tmp_path):
                 A=0.1 * torch.randn(rank, module.in_features, generator=generator),
                 B=0.1 * torch.randn(module.out_features, rank, generator=generator),
                 alpha=8.0,
+                magnitude=1 + torch.rand(module.out_features, generator=generator) if dora else None,
             )
             for path, module in backbone.model.named_modules()
             if path.endswith(("q_proj", "down_proj"))
         }
         adapter = Adapter("lora", modules, targets=("down_proj", "q_proj"))
         home.add_expert(Expert(describe(adapter, backbone, tasks=[task], license="mit"), adapter), task)
-    return tmp_path / "library"
+    return folder
 
 
 def test_merging_leaves_an_expert_a_report_and_nothing_else(library, tmp_path, capsys):
@@ -111,9 +116,24 @@ def test_weights_on_the_command_line_reach_the_method(library, tmp_path):
     assert (told["weights.reverse"], told["weights.shouting"], told["scale"]) == (1.5, -0.5, 0.5)
 
 
+def test_dora_experts_need_the_backbone_and_become_the_mixture_of_them(tmp_path, capsys):
+    library = filled(tmp_path / "library", dora=True)
+    words = ("merge", f"library={library}", "method=linear", f"run.folder={tmp_path / 'run'}")
+    assert main(list(words)) == 2
+    assert "what DoRA adds depends on the backbone's weight: name the backbone (backbone=…)" in capsys.readouterr().err
+    mole(*words, *SMALL)
+    with torch.no_grad():
+        mine = open_model(f"{library}/merged", tiny())(input_ids=IDS).logits
+        uniform = open_model(str(library), tiny())
+        with uniform.fixed_routing({"reverse": 0.5, "shouting": 0.5}):
+            mixed = uniform(input_ids=IDS).logits
+    assert (mixed - mine).abs().max() <= 1e-5 * mine.abs().max()
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (("method=linear", "device=cuda:7"), "device=cuda:7: no such device here"),
         (("method=linear", "method.weights={revers: 1.0}"), "unknown expert 'revers'; did you mean reverse?"),
         (("method=linear", "experts=[revers]"), "unknown expert 'revers'"),
         (("method=slerp", "experts=[reverse]"), "slerp merges 2 experts, got 1"),

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mole.adapters import Adapter, LoraWeights, peft_format
 from mole.adapters.bottleneck import BottleneckWeights
 from mole.adapters.ia3 import Ia3Weights
+from mole.experts import BackboneRef, Expert, describe, load_expert
 from mole.merging import DareConfig, LinearConfig, SlerpConfig, TaskArithmeticConfig, TiesConfig, TsvConfig, merge
 
 close = {"rtol": 0, "atol": 1e-11}
@@ -209,6 +210,21 @@ def headed(seed, labels=3, **more):
     head = {"weight": torch.randn(labels, 16, generator=generator, dtype=torch.float64)}
     modules = {"model.layers.0.self_attn.q_proj": lora((16, 16), 2, seed=seed)}
     return Adapter("lora", modules, full_modules={"score": head}, full_names=("score",), task_type="SEQ_CLS", **more)
+
+
+@pytest.mark.parametrize("make", [ia3, bottleneck, biased], ids=lambda make: make.__name__)
+def test_what_was_merged_is_an_expert_that_is_saved_and_read_again(make, tmp_path):
+    made = merge({"a": make(0), "b": make(1)}, LinearConfig()).adapter
+    Expert(describe(made, BackboneRef("tiny")), made).save(tmp_path / "expert")
+    found = load_expert(tmp_path / "expert").adapter
+    assert found.method == made.method
+    assert all(torch.equal(tensor, found.tensors()[name]) for name, tensor in made.tensors().items())
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    bad = replace(lora((5, 4), 2, seed=0), B=torch.full((5, 2), torch.nan))
+    with pytest.raises(ValueError, match="expert 'b' at m: B holds numbers that are not finite"):
+        merge({"a": biased(0), "b": Adapter("lora", {"m": bad})}, TsvConfig())
 
 
 def test_heads_are_merged_linearly_whatever_the_method():
