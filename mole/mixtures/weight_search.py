@@ -80,18 +80,19 @@ class Nevergrad:
         space: Any = nevergrad.p.Array(shape=(num_experts,), lower=-bound, upper=bound)
         space.random_state.seed(seed)
         self._optimizer = nevergrad.optimizers.registry[name](parametrization=space, budget=budget)
-        self._space, self._asked = space, None
+        self._space = space
+        self._asked: list[Any] = []  # candidates that were asked for and not told of yet
 
     def ask(self) -> Sequence[float]:
-        self._asked = self._optimizer.ask()
-        return self._asked.value.tolist()
+        if not self._asked:
+            self._asked.append(self._optimizer.ask())
+        return self._asked[-1].value.tolist()
 
     def tell(self, weights: Sequence[float], objective: float) -> None:
-        candidate = self._asked
-        if candidate is None or candidate.value.tolist() != list(weights):
-            candidate = self._space.spawn_child(new_value=self._array(weights))
-        self._optimizer.tell(candidate, objective)
-        self._asked = None
+        if self.ask() == list(weights):  # most optimizers ask for the middle first, which is what they are told first
+            self._optimizer.tell(self._asked.pop(), objective)
+        else:
+            self._optimizer.tell(self._space.spawn_child(new_value=self._array(weights)), objective)
 
     def _array(self, weights: Sequence[float]) -> Any:
         import numpy
