@@ -40,6 +40,7 @@ class Merge:
     rank: int | str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
+    into: str | None = None
     publish: bool = True
     tags: tuple[str, ...] = ()
     license: str | None = None
@@ -66,8 +67,18 @@ class Merge:
                 problems.append("experts and mixture: all experts of a mixture become one: leave out experts")
             if self.backbone is None:
                 problems.append("mixture needs the backbone that it was built on: backbone=<one>")
+        if self.into is not None and not self.publish:
+            problems.append(
+                "into and publish=false: into names the library that takes the result: leave out one of them"
+            )
         if problems:
             raise ValueError("; ".join(problems))
+
+    @property
+    def target(self) -> str | None:
+        """The address of the library that takes the result; None: it stays in the run's folder."""
+        own = self.library.url if self.library is not None else None
+        return (self.into or own) if self.publish else None
 
 
 def run(config: Merge) -> float:
@@ -76,7 +87,7 @@ def run(config: Merge) -> float:
     Returns the relative error of the result's rank over all modules.
     """
     run = RunFolder(config.run.folder)
-    target = ExpertLibrary.open(config.library.url) if config.library is not None and config.publish else None
+    target = ExpertLibrary.open(config.target) if config.target is not None else None
     if target is not None:
         target.check_free(config.name)
     merged, expert = _from_library(config) if config.mixture is None else _from_mixture(config, config.mixture)

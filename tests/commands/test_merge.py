@@ -109,6 +109,14 @@ def test_without_publishing_the_library_stays_as_it_is(library, tmp_path):
     assert (tmp_path / "run" / "expert" / "expert.json").is_file()
 
 
+def test_another_library_takes_the_result(library, tmp_path):
+    before = files(library)
+    into = f"into={tmp_path / 'merges'}"
+    mole("merge", f"library={library}", "method=wudi", into, f"run.folder={tmp_path / 'run'}")
+    assert files(library) == before
+    assert ExpertLibrary.open(str(tmp_path / "merges")).names() == ["merged"]
+
+
 def test_weights_on_the_command_line_reach_the_method(library, tmp_path):
     words = ("method=task_arithmetic", "method.weights={reverse: 1.5, shouting: -0.5}", "method.scale=0.5")
     mole("merge", f"library={library}", *words, f"run.folder={tmp_path / 'run'}")
@@ -142,6 +150,7 @@ def test_dora_experts_need_the_backbone_and_become_the_mixture_of_them(tmp_path,
         (("method=concat", "rank=2"), "keeps every rank"),
         ((), "method: not chosen; choose one: method=concat"),
         (("method=linear", "mixture=x"), "leave out method"),
+        (("method=linear", "into=x", "publish=false"), "leave out one of them"),
         (("mixture=x",), "mixture needs the backbone"),
         (("mixture=x", "backbone=tiny"), "no mixture in x"),
     ],
