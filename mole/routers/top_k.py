@@ -120,13 +120,16 @@ class TopKRouter(Router):
         with without_autocast(x):
             if config.per == "example":
                 x = mean_of(*by_example(x, prompt_of(frame, "top_k"), "top_k"))
-            logits = self._noisy(x, frame)
+            logits, noise = self._noisy(x, frame)
             kept = dropped(logits, config.expert_dropout, self.training)
             scores = torch.sigmoid(kept) if config.score == "sigmoid" else torch.softmax(kept, dim=-1)
             weights, ids = chosen(scores, config.top_k, normalise=False)
             if config.norm_topk:
                 weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-        return Routing(weights, ids, logits=logits)
+            chances = (
+                self._chances(logits, *noise) if noise is not None and ids is not None and frame.recording else None
+            )
+        return Routing(weights, ids, logits=logits, chances=chances)
 
     def scores(self, x: Tensor) -> Tensor:
         """z / τ: [B, T, d_in] → [B, T, E]."""
@@ -137,20 +140,27 @@ class TopKRouter(Router):
         scale = at_least_float32(self.log_scale).exp().clamp_max(LARGEST_SCALE)
         return cosines * scale / self.config.temperature
 
-    def _noisy(self, x: Tensor, frame: Frame) -> Tensor:
+    def _noisy(self, x: Tensor, frame: Frame) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """z / τ with this forward's noise; and, of noise that is added to it, z / τ without it and the noise's size."""
         noise = self.config.noise if self.training else None
         if noise == "jitter":
             x = at_least_float32(x)
             x = x * torch.empty_like(x).uniform_(1 - self.config.noise_eps, 1 + self.config.noise_eps)
         logits = self.scores(x)
-        if noise == "normal":
-            logits = logits + torch.randn_like(logits) / self.shape.num_experts
-        elif noise == "learned":
-            logits = logits + torch.randn_like(logits) * F.softplus(self.noise(x))
-        elif noise == "gumbel":
+        if noise == "gumbel":
             gumbel = -torch.empty_like(logits).exponential_().log()
-            logits = (logits + gumbel) / self._noise_temperature(frame)
-        return logits
+            return (logits + gumbel) / self._noise_temperature(frame), None
+        if noise in (None, "jitter"):
+            return logits, None
+        size = F.softplus(self.noise(x)) if noise == "learned" else logits.new_tensor(1 / self.shape.num_experts)
+        return logits + torch.randn_like(logits) * size, (logits, size)
+
+    def _chances(self, noisy: Tensor, clean: Tensor, size: Tensor) -> Tensor:
+        """P(e is among the k best), were its own noise drawn anew: Φ((z_e − the k-th best of the others) / σ)."""
+        assert self.config.top_k is not None
+        best = noisy.topk(self.config.top_k + 1, dim=-1).values
+        last, next_one = best[..., -2:-1], best[..., -1:]
+        return torch.special.ndtr((clean - torch.where(noisy >= last, next_one, last)) / size)
 
     def _noise_temperature(self, frame: Frame) -> Tensor:
         """Of this forward of training: a recomputation finds the one of its forward."""

@@ -6,6 +6,8 @@ expert e (Σ f = 1) and H the entropy in nats:
     load_balance        E Σ_e f_e P_e                     1 at balance (Fedus et al. 2021, arXiv 2101.03961)
     z_loss              mean_t logsumexp_e(z_te)²         (Zoph et al. 2022, arXiv 2202.08906)
     importance_cv2      E Σ_e P_e² − 1                    0 at balance (Shazeer et al. 2017, arXiv 1701.06538)
+    load_cv2            E Σ_e l_e² − 1                    0 at balance; l the share of Σ_t P(e is chosen) under the
+                                                          noise of the router (Shazeer et al. 2017)
     balance_entropy     ln E − H(P)                       0 at balance
     token_entropy       mean_t H(p_t)                     0 for one-hot routing
     mutual_information  mean_t H(p_t) − H(P)              −ln E for sharp and balanced routing
@@ -30,12 +32,16 @@ UNLABELLED = -100
 
 @dataclass(frozen=True)
 class Observed:
-    """One routing over its N valid tokens: log p [N, E] and logits [N, E] with graph; f [E]; labels [N] or None."""
+    """One routing over its N valid tokens: log p [N, E] and logits [N, E] with graph; f [E]; labels [N] or None.
+
+    `chances` [N, E], with graph, where the router has noise. Each block of features counts as a token.
+    """
 
     log_p: Tensor
     logits: Tensor
     load: Tensor
     labels: Tensor | None
+    chances: Tensor | None = None
 
     @property
     def importance(self) -> Tensor:
@@ -57,6 +63,16 @@ def _z_loss(o: Observed) -> Tensor:
 
 def _importance_cv2(o: Observed) -> Tensor:
     return len(o.load) * o.importance.square().sum() - 1
+
+
+def _load_cv2(o: Observed) -> Tensor:
+    if o.chances is None:
+        raise ValueError(
+            "the loss load_cv2 needs a router whose choice is noisy: router=top_k with router.noise=normal or learned, "
+            "and router.top_k below the number of experts"
+        )
+    load = o.chances.sum(0)
+    return len(load) * (load / load.sum().clamp_min(torch.finfo(load.dtype).tiny)).square().sum() - 1
 
 
 def _balance_entropy(o: Observed) -> Tensor:
@@ -84,6 +100,7 @@ LOSSES: dict[str, Callable[[Observed], Tensor]] = {
     "load_balance": _load_balance,
     "z_loss": _z_loss,
     "importance_cv2": _importance_cv2,
+    "load_cv2": _load_cv2,
     "balance_entropy": _balance_entropy,
     "token_entropy": _token_entropy,
     "mutual_information": _mutual_information,
@@ -122,17 +139,22 @@ def labels_of(tasks: Iterable[str] | None, expert_tasks: Sequence[Sequence[str]]
 def _observed(routing: Routing, mask: Tensor | None, labels: Tensor | None) -> Observed:
     if routing.logits is None:
         raise ValueError("this router has no logits: losses on its routing move nothing; set losses={}")
-    logits = routing.logits
+    logits, chosen, chances = routing.logits, routing.expert_ids, routing.chances
+    blocks = logits.shape[2] if logits.dim() == 4 else 1
+    if logits.dim() == 4:
+        logits = logits.flatten(1, 2)
+        chosen = None if chosen is None else chosen.expand_as(routing.weights).flatten(1, 2)
     rows, length = logits.shape[:2]
     valid = torch.ones(rows, length, dtype=torch.bool, device=logits.device)
-    if mask is not None and mask.shape == valid.shape:
-        valid = mask.to(logits.device).bool()
+    if mask is not None and (rows, length) == (mask.shape[0], mask.shape[1] * blocks):
+        valid = mask.to(logits.device).bool().repeat_interleave(blocks, dim=1)
     if labels is not None:
-        labels = (labels[:, None] if labels.dim() == 1 else labels).to(logits.device).expand(rows, length)[valid]
-    chosen = routing.expert_ids
+        labels = (labels[:, None] if labels.dim() == 1 else labels.repeat_interleave(blocks, dim=1)).to(logits.device)
+        labels = labels.expand(rows, length)[valid]
     experts = logits.shape[-1]
     ids = logits.argmax(-1, keepdim=True) if chosen is None else chosen
     ids = ids.expand(rows, length, -1)[valid]
     load = torch.bincount(ids[ids >= 0].flatten(), minlength=experts).to(logits.dtype)
-    flat = logits[valid]
-    return Observed(torch.log_softmax(flat, dim=-1), flat, load / load.sum().clamp_min(1), labels)
+    flat, share = logits[valid], load / load.sum().clamp_min(1)
+    chances = None if chances is None else chances.expand(rows, length, experts)[valid]
+    return Observed(torch.log_softmax(flat, dim=-1), flat, share, labels, chances)

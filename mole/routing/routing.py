@@ -22,6 +22,7 @@ class Routing:
     `logits`     [1|B, 1|T, (Q,) E] before top-k, with graph; for losses and statistics, never read by a mixture.
     `predicted`  [1|B, 1|T, (Q,) E] what the routing log keeps where that is not `dense()` (X-LoRA logs its scalings
                  before top-k and before the global weight).
+    `chances`    [1|B, 1|T, E] each expert's probability of being chosen under another draw of the noise, with graph.
     `spread`     [1|B, 1|T, E] what `dense()` gives, where somebody made it already for many routings at once.
     """
 
@@ -29,6 +30,7 @@ class Routing:
     expert_ids: Tensor | None = None
     logits: Tensor | None = None
     predicted: Tensor | None = None
+    chances: Tensor | None = None
     spread: Tensor | None = None
 
     def __post_init__(self):

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mole.mixtures import MultiExpertModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-QUICK = ("product_key",)
+QUICK = ("smear",)
 
 
 def one_block(name) -> MultiExpertModel:

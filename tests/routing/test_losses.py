@@ -21,6 +21,7 @@ def value(name: str, made: Routing, mask=None, labels=None) -> float:
     return routing_losses([name], [made], mask, labels)[name].item()
 
 
+OF_NOISE = {"load_cv2"}  # see test_losses_of_routers.py
 EVEN = torch.zeros(2, 6, 4, dtype=torch.float64)
 SHARP = torch.full((2, 6, 4), -40.0, dtype=torch.float64).scatter(-1, torch.arange(12).view(2, 6, 1) % 4, 40.0)
 ONE = torch.full((2, 6, 4), -40.0, dtype=torch.float64).index_fill(-1, torch.tensor([2]), 40.0)
@@ -75,8 +76,8 @@ def test_every_loss_is_what_a_loop_over_valid_tokens_counts():
         "mutual_information": sum(entropies) / n - balance,
         "expert_label": sum(right) / len(right),
     }
-    assert want.keys() == LOSSES.keys()
-    found = routing_losses(LOSSES, [made], mask, labels)
+    assert want.keys() == LOSSES.keys() - OF_NOISE
+    found = routing_losses(want, [made], mask, labels)
     for name, expected in want.items():
         assert found[name].item() == pytest.approx(expected, abs=1e-12), name
 
@@ -97,7 +98,7 @@ def test_layers_are_averaged_and_a_shared_routing_counts_once():
     assert found == pytest.approx(2.5)
 
 
-@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"z_loss"}))
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"z_loss"} - OF_NOISE))
 def test_descent_lowers_each_loss(name):
     torch.manual_seed(0)
     weight = torch.randn(4, 8, requires_grad=True)
