@@ -82,7 +82,8 @@ def facts_of(attention: nn.Module, model: Any) -> AttentionFacts:
     if hasattr(attention, "kv_a_proj_with_mqa") or hasattr(attention, "num_kv_heads"):
         raise ValueError(f"a {type(attention).__name__} has heads of its own kind: no prefix fits them")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None) or config.hidden_size // config.num_attention_heads
+    said = (getattr(attention, name, None) for name in ("head_dim", "head_size"))
+    head_dim = next((width for width in said if width), config.hidden_size // config.num_attention_heads)
     types = getattr(config, "layer_types", None)
     takes_type = types and "layer_type" in signature(type(rotary).forward).parameters
     layer_type = types[attention.layer_idx] if takes_type else None  # type: ignore[index]
