@@ -37,7 +37,9 @@ Collate = Callable[[list[Sample]], dict[str, Any]]
 
 @config_dataclass
 class MixingConfig:
-    """How a mixture computes, where experts leave a choice: the fields of `MixtureOptions` but for the kernel."""
+    """What is done with the experts: the fields of `MixtureOptions` but for the kernel, and `explode`, see
+    mole/mixtures/exploding.py.
+    """
 
     modules_to_save: str = "error"
     pooled_gate: Literal["auto", "first", "last", "mean"] = "auto"
@@ -45,6 +47,7 @@ class MixingConfig:
     expert_dropout: Literal["auto", "off", "shared", "independent"] = "auto"
     gate_lora_bias: bool = True
     scaling_pass_dropout: bool = False
+    explode: Literal["rank_one"] | None = None
 
 
 @config_dataclass

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import field
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mole.adapters import files as adapter_files
 from mole.backbones import Backbone
 from mole.experts.card import Card, bytes_facts, check_backbone, new_card
 from mole.experts.folder import check_entries, has_card, read_card, verified_files, write_card
+from mole.mixtures.exploding import parent_of
 from mole.mixtures.model import MultiExpertModel
 from mole.mixtures.wrapping import MixtureOptions
 from mole.registry import ROUTERS, config_dataclass
@@ -77,7 +79,7 @@ def save_mixture(
     """
     origins = dict(origins or {})
     experts = tuple(
-        origins.get(name, Origin(name=name, tasks=tasks))
+        replaced(origins.get(parent_of(name), Origin(name=name, tasks=tasks)), name=name)
         for name, tasks in zip(model.expert_names, model.shape.expert_tasks, strict=True)
     )
     router = TypeAdapter(type(model.router_config)).dump_python(model.router_config, mode="json")
@@ -92,8 +94,8 @@ def save_mixture(
     for index, adapter in enumerate(model.adapters().values()):
         files |= _expert_files(index, adapter, backbone.name)
     copied = [
-        {"relation": "copied", "source": e.library, "name": e.name, "revision": e.revision, "content": e.content}
-        for e in experts
+        {"relation": "copied", "source": e.library, "name": name, "revision": e.revision, "content": e.content}
+        for name, e in {parent_of(e.name): e for e in experts}.items()
         if e.revision
     ]
     tasks = sorted({task for expert in experts for task in expert.tasks})[:64]

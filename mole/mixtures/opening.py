@@ -9,8 +9,10 @@ from typing import Any
 from mole.backbones import Backbone
 from mole.experts import Expert, ExpertLibrary, check_backbone, load_expert
 from mole.experts.folder import has_card, read_card
+from mole.mixtures.exploding import exploded, parent_of
 from mole.mixtures.files import Origin, load_mixture
 from mole.mixtures.model import MultiExpertModel
+from mole.registry import unknown
 from mole.routers import UniformConfig
 
 
@@ -69,22 +71,29 @@ def mixture_of(
     *,
     train: str = "router",
     allow_other_backbone: bool = False,
+    explode: str | None = None,
     **options: Any,
 ) -> MultiExpertModel:
     """A new mixture of experts, each checked against the backbone; `options` are those of `MixtureOptions`.
 
-    Raises ValueError, naming the expert.
+    `explode` rank_one makes every part of rank one of an expert an expert, see exploding.py. Raises ValueError, naming
+    the expert.
     """
+    if explode not in (None, "rank_one"):
+        raise ValueError(unknown("explode", explode, ["rank_one"]))
     for name, expert in experts.items():
         try:
             check_backbone(expert.card, backbone.name, backbone.shapes, allow_other_backbone=allow_other_backbone)
         except ValueError as error:
             raise ValueError(f"expert {name!r}: {error}") from error
+    adapters = {name: expert.adapter for name, expert in experts.items()}
+    if explode is not None:
+        adapters = exploded(adapters)
     return MultiExpertModel(
         backbone.model,
-        {name: expert.adapter for name, expert in experts.items()},
+        adapters,
         router_config,
-        tasks={name: expert.card.tasks for name, expert in experts.items()},
+        tasks={name: experts[name if name in experts else parent_of(name)].card.tasks for name in adapters},
         train=train,
         **options,
     )
