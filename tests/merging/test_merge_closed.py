@@ -147,6 +147,28 @@ def test_how_the_rows_are_cut_into_blocks_changes_nothing(config, monkeypatch):
         torch.testing.assert_close(parts[path], whole[path], **close)
 
 
+@pytest.mark.parametrize(
+    "config", [TiesConfig(threshold="expert"), DareConfig(), KnotsConfig(), LinearConfig()], ids=str
+)
+def test_no_more_entries_of_updates_are_held_at_a_time_than_a_block_has(config, monkeypatch):
+    sizes, make = [], spaces._product_rows
+
+    def watched(left, right):
+        rows = make(left, right)
+
+        def held(start, stop):
+            sizes.append((stop - start) * right.shape[1])
+            return rows(start, stop)
+
+        return held
+
+    monkeypatch.setattr(spaces, "_product_rows", watched)
+    monkeypatch.setattr(spaces, "BLOCK", 120)
+    merge(experts(), config)
+    assert max(sizes, default=0) <= 120 / 2  # of each of two or three experts
+    assert bool(sizes) == (config.name != "linear")
+
+
 def test_what_dare_draws_is_even_and_belongs_to_seed_expert_and_module():
     values = uniform(12345, torch.arange(1 << 16))
     assert values.min() >= 0

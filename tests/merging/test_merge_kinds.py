@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mole.adapters import Adapter, LoraWeights, peft_format
 from mole.adapters.bottleneck import BottleneckWeights
 from mole.adapters.ia3 import Ia3Weights
+from mole.adapters.prefix import PrefixWeights
+from mole.adapters.prompt import PromptWeights
 from mole.experts import BackboneRef, Expert, describe, load_expert
 from mole.merging import DareConfig, LinearConfig, SlerpConfig, TaskArithmeticConfig, TiesConfig, TsvConfig, merge
 
@@ -180,6 +182,26 @@ def test_of_bottlenecks_the_parameters_are_averaged():
     for name, tensor in found.modules["mlp"].tensors().items():
         one, other = (adapter.modules["mlp"].tensors()[name] for adapter in two.values())
         torch.testing.assert_close(tensor, 0.25 * one + 0.75 * other, **close)
+
+
+def drawn(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("method", "weights"),
+    [
+        ("prompt", lambda seed: PromptWeights(drawn(seed, 5, 16))),
+        ("prefix", lambda seed: PrefixWeights(drawn(seed, 5, 2, 4), drawn(seed + 9, 5, 2, 4), block=1)),
+    ],
+)
+def test_prompts_and_prefixes_of_equal_length_are_averaged(method, weights):
+    two = {name: Adapter(method, {"model": weights(seed)}) for seed, name in enumerate("ab")}
+    found = merge(two, LinearConfig(), dtype="float64").adapter
+    assert found.method == method
+    for name, tensor in found.modules["model"].tensors().items():
+        wanted = sum(adapter.modules["model"].tensors()[name] for adapter in two.values()) / 2
+        torch.testing.assert_close(tensor, wanted, **close)
 
 
 @pytest.mark.parametrize(
