@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mole.adapters.adapter import Adapter
-from mole.backbones.modules import in_out_features, kind_of
+from mole.backbones.modules import in_out_features, kind_of, reads_left_to_right
 
 PROMPT = "prompt"
 _PREFIX = re.compile(r"(\d+)\.prefix", re.ASCII)
@@ -96,6 +96,12 @@ def outputs_of_blocks(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str,
             name, module = list(part.items())[-1]
             found[place][f"{path}.{name}"] = module
     return found
+
+
+def check_decoder(model: Any, what: str) -> None:
+    """Raises ValueError for a model that sees later tokens, or has an encoder: `what` come before the text."""
+    if getattr(model.config, "is_encoder_decoder", False) or not reads_left_to_right(model):
+        raise ValueError(f"{what} are for models that read from left to right, without an encoder")
 
 
 def inner_model(model: Any) -> tuple[str, nn.Module]:

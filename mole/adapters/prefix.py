@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mole.adapters.adapter import AdapterLayer, Maker, Weights, trainable
-from mole.adapters.places import attentions, prefix_symbol
+from mole.adapters.places import attentions, check_decoder, prefix_symbol
 from mole.adapters.prefix_attention import AttentionFacts, attend, facts_of
 from mole.backbones.modules import device_of
 from mole.registry import ADAPTERS, config_dataclass
@@ -98,6 +98,8 @@ class PrefixLayer(AdapterLayer):
 @ADAPTERS.register("prefix", PrefixConfig)
 def new_prefix(config: PrefixConfig, model: nn.Module) -> dict[str, Maker]:
     """A prefix in every attention, normal with `init_std`. It changes outputs from the start: attention is shared."""
+
+    check_decoder(model, "prefixes")
 
     def make(block: int, base: nn.Module, generator: torch.Generator) -> PrefixLayer:
         facts = facts_of(base, model)

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mole.adapters.places import inner_model
-from mole.backbones.modules import reads_left_to_right
+from mole.adapters.places import check_decoder, inner_model
 
 _ATTENTION = ("eager", "sdpa")
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -60,8 +59,7 @@ class AttentionFacts:
 def facts_of(attention: nn.Module, model: Any) -> AttentionFacts:
     """Raises ValueError, with the reason, for an attention that no prefix can be put into."""
     config = model.config.get_text_config()
-    if getattr(model.config, "is_encoder_decoder", False) or not reads_left_to_right(model):
-        raise ValueError("prefixes are for models that read from left to right, without an encoder")
+    check_decoder(model, "prefixes")
     used = getattr(config, "_attn_implementation", None) or "eager"
     if used not in _ATTENTION:
         raise ValueError(

@@ -15,9 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mole.adapters.adapter import AdapterLayer, Maker, Weights, trainable
-from mole.adapters.places import PROMPT, inner_model, width_of
+from mole.adapters.places import PROMPT, check_decoder, inner_model, width_of
 from mole.adapters.prompted import prompted
-from mole.backbones.modules import reads_left_to_right
 from mole.registry import ADAPTERS, config_dataclass
 
 
@@ -63,8 +62,7 @@ class PromptWeights(Weights):
 
 def check_model(inner: nn.Module, model: Any) -> None:
     """Raises ValueError for a model that nothing can be put before."""
-    if getattr(model.config, "is_encoder_decoder", False) or not reads_left_to_right(model):
-        raise ValueError("prompts are for models that read from left to right, without an encoder")
+    check_decoder(model, "prompts")
     if inner_model(model)[1] is not inner:
         raise ValueError(f"a prompt belongs before the whole inner model, {inner_model(model)[0]}")
 
@@ -99,8 +97,8 @@ class PromptLayer(AdapterLayer):
 @ADAPTERS.register("prompt", PromptConfig)
 def new_prompt(config: PromptConfig, model: nn.Module) -> dict[str, Maker]:
     """A prompt before the inner model. It changes outputs from the start."""
+    check_decoder(model, "prompts")
     path, inner = inner_model(model)
-    check_model(inner, model)
 
     def make(base: nn.Module, generator: torch.Generator) -> PromptLayer:
         table = model.get_input_embeddings().weight.detach()  # type: ignore[operator,union-attr]

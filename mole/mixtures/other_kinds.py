@@ -21,9 +21,9 @@ def other_banks(
     backbone: nn.Module,
     *,
     dtype: torch.dtype,
-    dropout: Mapping[int, float],
+    **dropout: Any,
 ) -> list:
-    """`experts` mixture index → its weights at `module`; none, no banks.
+    """`experts` mixture index → its weights at `module`; none, no banks. `dropout` settings are a BottleneckBank's.
 
     Raises ValueError for kinds that no one module can have.
     """
@@ -36,7 +36,7 @@ def other_banks(
             banks.append(Ia3Bank(factors, num_experts, base=module, dtype=dtype))
         small = {i: w for i, w in experts.items() if isinstance(w, BottleneckWeights) and w.reads == reads}
         if small:
-            banks.append(BottleneckBank(small, num_experts, dtype=dtype, dropout=dropout))
+            banks.append(BottleneckBank(small, num_experts, dtype=dtype, **dropout))
     prefixes = {i: w for i, w in experts.items() if isinstance(w, PrefixWeights)}
     if prefixes:
         banks.append(PrefixBank(prefixes, num_experts, facts=facts_of(module, backbone), dtype=dtype))

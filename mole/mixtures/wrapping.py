@@ -166,9 +166,9 @@ class _Sites:
         every = {i: a.modules[path] for i, a in enumerate(self.experts) if path in a.modules}
         here = {i: weights for i, weights in every.items() if isinstance(weights, LoraWeights)}
         dtype = EXPERT_DTYPES[options.expert_dtype] or compute_dtype_of(module)
-        dropout = {i: self.experts[i].dropout for i in every}
+        drops = {"dropout": {i: self.experts[i].dropout for i in every}, "expert_dropout": options.expert_dropout}
         others = {i: weights for i, weights in every.items() if i not in here}
-        banks: list = other_banks(others, count, path, module, self.backbone, dtype=dtype, dropout=dropout)
+        banks: list = other_banks(others, count, path, module, self.backbone, dtype=dtype, **drops)
         if here and kind == "embedding":
             banks.append(EmbeddingBank(here, count, base=module, dtype=dtype))
         elif here and kind == "convolution":

@@ -157,6 +157,21 @@ def test_kinds_at_one_module_are_not_combined_by_parameters():
         MultiExpertModel(llama(), adapters, UniformConfig(combine="parameters"))
 
 
+def test_dropout_of_bottlenecks_acts_while_they_train_with_shared_masks_or_one_for_each():
+    out = random(2, 50, 6, seed=6)
+    one = bottlenecks(1)[0]
+    both = Routing(torch.tensor([[[1.0, -1.0]]], dtype=torch.float64))  # equal experts cancel under equal masks
+    for mode, cancels in (("auto", True), ("shared", True), ("independent", False), ("off", True)):
+        bank = BottleneckBank({0: one, 1: one}, 2, dtype=torch.float64, dropout={0: 0.5, 1: 0.5}, expert_dropout=mode)
+        alone = Routing(torch.tensor([[[1.0, 0.0]]], dtype=torch.float64))
+        still = bank.train()(out, out, alone)
+        assert torch.equal(bank(out, out, alone), still)  # frozen experts drop nothing
+        bank.requires_grad_(True)
+        assert torch.allclose(bank(out, out, both), out, rtol=0, atol=1e-10) == cancels
+        assert torch.equal(bank(out, out, alone), still) == (mode == "off")
+        assert torch.equal(bank.eval()(out, out, alone), still)
+
+
 # ---- prefixes and prompts
 
 
@@ -231,8 +246,8 @@ def flash():
 REFUSED = {
     "learned positions": (gpt2, PrefixConfig(), "prefixes need rotary positions.*use adapter=prompt"),
     "flash": (flash, PrefixConfig(), "flash_attention_2 takes no mask with weights.*backbone.attention=eager or sdpa"),
-    "prompt before an encoder": (t5, PromptConfig(), "no inner model|without an encoder"),
-    "prefix in an encoder": (t5, PrefixConfig(), "name the modules|without an encoder"),
+    "prompt before an encoder": (t5, PromptConfig(), "prompts are for models .*without an encoder"),
+    "prefix in an encoder": (t5, PrefixConfig(), "prefixes are for models .*without an encoder"),
     "bottleneck by itself": (t5, BottleneckConfig(), "name the modules"),
     "ia3 by itself": (t5, Ia3Config(), "name the modules"),
     "ia3 twice": (llama, Ia3Config(targets=("down_proj",)), "among adapter.targets too"),

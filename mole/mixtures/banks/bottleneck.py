@@ -23,8 +23,8 @@ from mole.routing import Routing
 class BottleneckBank(Bank):
     """Experts of which all read the module's output, or all its input; each with its size, activation and scale.
 
-    `dropout` mixture index → the rate with which an expert drops what it reads while it trains; experts with the same
-    rate share a mask.
+    `dropout` mixture index → the rate with which an expert drops what it reads while it trains; `expert_dropout` as of
+    a LoraBank: off never, shared one mask for all experts of a rate (auto), independent a mask for each.
     """
 
     kind = "bottleneck"
@@ -36,6 +36,7 @@ class BottleneckBank(Bank):
         *,
         dtype: torch.dtype,
         dropout: Mapping[int, float] | None = None,
+        expert_dropout: str = "auto",
     ):
         super().__init__(experts, num_experts)
         members = [experts[e] for e in self.present]
@@ -44,7 +45,9 @@ class BottleneckBank(Bank):
         self.sizes = tuple(member.rank for member in members)
         self.scales = tuple(member.scale for member in members)
         self.activations = tuple(member.activation for member in members)
-        self.dropout = tuple((dropout or {}).get(e, 0.0) for e in self.present)
+        rates = dropout if dropout is not None and expert_dropout != "off" else {}
+        self.dropout = tuple(rates.get(e, 0.0) for e in self.present)
+        self.expert_dropout = expert_dropout
 
         def held(parts: list[Tensor], dim: int) -> nn.Parameter:
             return nn.Parameter(torch.cat([part.detach().to(dtype) for part in parts], dim=dim), requires_grad=False)
@@ -83,15 +86,17 @@ class BottleneckBank(Bank):
 
     def _hidden(self, seen: Tensor) -> Tensor:
         """σ(D z + b), [B, T, R]: in one product for neighbours of one activation and rate of dropout."""
-        drops = self.training and self.down.requires_grad
-        kinds = [(act, rate if drops else 0.0) for act, rate in zip(self.activations, self.dropout, strict=True)]
-        inputs = {rate: F.dropout(seen, rate) if rate else seen for rate in sorted({rate for _, rate in kinds})}
+        rates = self.dropout if self.training and self.down.requires_grad else (0.0,) * len(self.dropout)
+        masks = list(enumerate(rates)) if self.expert_dropout == "independent" else [(0, rate) for rate in rates]
+        masks = [mask if mask[1] else (0, 0.0) for mask in masks]
+        inputs = {mask: F.dropout(seen, mask[1]) if mask[1] else seen for mask in dict.fromkeys(masks)}
+        kinds = list(zip(self.activations, masks, strict=True))
         ends, found, start = list(accumulate(self.sizes)), [], 0
-        for place, (activation, rate) in enumerate(kinds):
-            if place + 1 < len(kinds) and kinds[place + 1] == (activation, rate):
+        for place, (activation, mask) in enumerate(kinds):
+            if place + 1 < len(kinds) and kinds[place + 1] == (activation, mask):
                 continue
             part = slice(start, ends[place])
-            found.append(ACTIVATIONS[activation](F.linear(inputs[rate], self.down[part], self.down_bias[part])))
+            found.append(ACTIVATIONS[activation](F.linear(inputs[mask], self.down[part], self.down_bias[part])))
             start = ends[place]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
