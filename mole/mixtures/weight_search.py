@@ -8,6 +8,7 @@ Huang et al. 2023, arXiv 2307.13269. Its optimiser is NGOpt of nevergrad, an opt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,19 +80,28 @@ class Nevergrad:
             raise ValueError(f"optimizer={name}: nevergrad has none of that name (some that it has: {known})")
         space: Any = nevergrad.p.Array(shape=(num_experts,), lower=-bound, upper=bound)
         space.random_state.seed(seed)
-        self._optimizer = nevergrad.optimizers.registry[name](parametrization=space, budget=budget)
-        self._space = space
+        self._optimizer: Any = nevergrad.optimizers.registry[name](parametrization=space, budget=budget)
+        self._space, self._not_asked = space, nevergrad.errors.TellNotAskedNotSupportedError
         self._asked: list[Any] = []  # candidates that were asked for and not told of yet
 
     def ask(self) -> Sequence[float]:
+        """Raises ValueError if nevergrad fails, as some of its optimizers do with some versions of numpy."""
+        failure = None
         if not self._asked:
-            self._asked.append(self._optimizer.ask())
+            try:
+                self._asked.append(self._optimizer.ask())
+            except Exception as error:
+                failure = f"{type(error).__name__}: {error}"
+        if failure is not None:  # not in the handler: the error would keep the optimizer alive, and with it its thread
+            self._optimizer = None
+            raise ValueError(f"nevergrad failed ({failure}): choose another optimizer, such as optimizer=CMA")
         return self._asked[-1].value.tolist()
 
     def tell(self, weights: Sequence[float], objective: float) -> None:
         if self.ask() == list(weights):  # most optimizers ask for the middle first, which is what they are told first
             self._optimizer.tell(self._asked.pop(), objective)
-        else:
+            return
+        with suppress(self._not_asked):  # some take no other weights than those that they asked for
             self._optimizer.tell(self._space.spawn_child(new_value=self._array(weights)), objective)
 
     def _array(self, weights: Sequence[float]) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 
 import pytest
 import torch
@@ -167,7 +168,7 @@ def test_the_pool_is_drawn_or_chosen_by_what_each_expert_does_alone(walk, tmp_pa
 
 
 def test_lorahub_says_what_is_missing(walk, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "nevergrad", None)
+    monkeypatch.setitem(sys.modules, "nevergrad", None)
     given = ["lorahub", *SMALL, *data("reverse"), f"library={walk / 'library'}", f"run.folder={tmp_path / 'run'}"]
     assert main(given) == 2
     assert "mole-experts[lorahub]" in capsys.readouterr().err

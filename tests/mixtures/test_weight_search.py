@@ -1,6 +1,8 @@
 """LoraHub's search: what it minimises, what it costs, what it keeps; nevergrad where it is installed."""
 
 import random
+import sys
+import types
 
 import pytest
 
@@ -94,7 +96,7 @@ def test_an_optimizer_that_leaves_the_bounds_is_stopped():
 
 # ---- nevergrad
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "nevergrad", None)
+    monkeypatch.setitem(sys.modules, "nevergrad", None)
     with pytest.raises(ValueError, match=r"mole-experts\[lorahub\]"):
         Nevergrad("NGOpt", 3, bound=1.5, budget=10, seed=0)
 
@@ -104,13 +106,34 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
 def test_nevergrad_finds_the_planted_weights_and_repeats():
     pytest.importorskip("nevergrad")
 
-    def made(seed):
-        return probes(budget=60, optimizer=Nevergrad("NGOpt", 3, bound=1.5, budget=60, seed=seed))
+    def made(seed, name="NGOpt"):
+        return probes(budget=60, optimizer=Nevergrad(name, 3, bound=1.5, budget=60, seed=seed))
 
     first = made(1)
     assert first == made(1)
-    assert first[1:] != made(2)[1:]
+    assert made(1, "OnePlusOne") == made(1, "OnePlusOne") != made(2, "OnePlusOne")
     assert len({probe.weights for probe in first}) == 60  # none is tried twice, not even the first
     assert best_of(first).loss < 0.3 + 0.15
+    with pytest.raises(ValueError, match="nevergrad has none of that name"):
+        Nevergrad("NoSuch", 3, bound=1.5, budget=10, seed=0)
+
+
+def test_what_nevergrad_fails_with_is_told_with_a_way_out(monkeypatch):
+    class Fails:
+        def __init__(self, **settings):
+            pass
+
+        def ask(self):
+            raise TypeError("only 0-dimensional arrays")
+
+    space = types.SimpleNamespace(random_state=types.SimpleNamespace(seed=lambda seed: None))
+    stub = types.SimpleNamespace(
+        p=types.SimpleNamespace(Array=lambda **bounds: space),
+        optimizers=types.SimpleNamespace(registry={"NGOpt": Fails}),
+        errors=types.SimpleNamespace(TellNotAskedNotSupportedError=RuntimeError),
+    )
+    monkeypatch.setitem(sys.modules, "nevergrad", stub)
+    with pytest.raises(ValueError, match=r"TypeError: only 0-dimensional arrays\): .* optimizer=CMA"):
+        probes(optimizer=Nevergrad("NGOpt", 3, bound=1.5, budget=10, seed=0))
     with pytest.raises(ValueError, match="nevergrad has none of that name"):
         Nevergrad("NoSuch", 3, bound=1.5, budget=10, seed=0)
