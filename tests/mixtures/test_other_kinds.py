@@ -1,5 +1,9 @@
 """IA3, bottleneck, prefix and prompt experts: saved mixtures, combining by parameters, and what is refused."""
 
+import warnings
+
+import family_cases
+import peft
 import pytest
 import torch
 from mixture_cases import llama
@@ -17,6 +21,7 @@ from mole.adapters import (
     PromptWeights,
     attach,
     attach_weights,
+    peft_format,
 )
 from mole.adapters.adapter import Adapter
 from mole.adapters.bottleneck import ACTIVATIONS
@@ -68,6 +73,36 @@ def test_trained_experts_are_saved_as_they_are_now(ids, tmp_path):
     with torch.no_grad():
         want = model(ids).logits
         assert torch.equal(load_mixture(tmp_path / "mixture", backbone(llama()))(ids).logits, want)
+
+
+# ---- IA3 beside PEFT on encoders and pairs of encoder and decoder
+
+IA3 = {
+    "bert": {"target_modules": ["key", "value", "intermediate.dense"], "feedforward_modules": ["intermediate.dense"]},
+    "t5": {"target_modules": ["k", "v", "wo"], "feedforward_modules": ["wo"]},
+    "vit": {"target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": ["fc2"]},
+}
+
+
+@pytest.mark.parametrize("family", IA3)
+def test_one_hot_ia3_equals_peft_on_encoders_and_pairs(family, tmp_path):
+    adapters, wanted, given = {}, {}, family_cases.inputs(family)
+    for seed in (1, 2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = peft.get_peft_model(family_cases.backbone(family), peft.IA3Config(**IA3[family])).eval()
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter.data += 0.5 * random(*parameter.shape, seed=seed, dtype=torch.float32)
+            theirs.save_pretrained(tmp_path / str(seed))
+        adapters[str(seed)] = peft_format.read(tmp_path / str(seed))
+        with torch.no_grad():
+            wanted[str(seed)] = theirs(**given).logits
+    model = MultiExpertModel(family_cases.backbone(family), adapters, UniformConfig()).eval()
+    for name, want in wanted.items():
+        with torch.no_grad(), model.fixed_routing({name: 1.0}):
+            assert (model(**given).logits - want).abs().max() <= 1e-5 * want.abs().max()
+    assert (wanted["1"] - wanted["2"]).abs().max() > 1e-3
 
 
 # ---- combining by parameters
