@@ -29,6 +29,7 @@ from mole.backbones import Backbone
 from mole.backbones.load import shapes_digest
 from mole.mixtures import MultiExpertModel, load_mixture, save_mixture
 from mole.mixtures.banks import BottleneckBank, Ia3Bank
+from mole.mixtures.growing import put_together, take_apart
 from mole.routers import TaskConfig, TopKConfig, UniformConfig, XLoraConfig
 from mole.routers.attention import AttentionConfig
 from mole.routing import Routing
@@ -73,6 +74,23 @@ def test_trained_experts_are_saved_as_they_are_now(ids, tmp_path):
     with torch.no_grad():
         want = model(ids).logits
         assert torch.equal(load_mixture(tmp_path / "mixture", backbone(llama()))(ids).logits, want)
+
+
+def test_a_mixture_grows_by_experts_of_other_kinds_and_those_there_stay_as_they_are(ids):
+    adapters = {"small": made("bottleneck parallel", 1), "before": made("prefix", 2)}
+    model = MultiExpertModel(llama(), adapters, TaskConfig(), tasks={name: (name,) for name in adapters}).eval()
+    with torch.no_grad():
+        want = {name: model(ids, task_names=[name] * 3).logits for name in adapters}
+    more = {"prompt": made("prompt", 3), "factors": made("ia3", 4)}
+    parts = take_apart(model)
+    grown = put_together(parts, {**more, **parts.experts}, {name: (name,) for name in (*more, *adapters)})
+    for name, logits in want.items():
+        with torch.no_grad():
+            got = grown(ids, task_names=[name] * 3).logits
+        torch.testing.assert_close(got, logits, rtol=0, atol=2e-5)
+    with torch.no_grad():
+        got = grown(ids, task_names=["factors"] * 3).logits
+    torch.testing.assert_close(got, alone(more["factors"])(ids).logits.detach(), rtol=0, atol=5e-5)
 
 
 # ---- IA3 beside PEFT on encoders and pairs of encoder and decoder
