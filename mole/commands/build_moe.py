@@ -23,7 +23,7 @@ from mole.experts import Expert, ExpertLibrary
 from mole.mixtures import MultiExpertModel
 from mole.mixtures.growing import carry, take_apart
 from mole.mixtures.hidden_store import HiddenStore, store_bytes
-from mole.mixtures.prototype_data import needs_data
+from mole.mixtures.prototype_data import flatness, needs_data
 from mole.registry import BACKBONES, DATASETS, LIBRARIES, OPTIMIZERS, ROUTERS, SCHEDULES, TRACKERS, config_dataclass
 from mole.routing.log import RoutingLog
 from mole.routing.losses import check_losses
@@ -120,6 +120,8 @@ def run(config: BuildMoe) -> float | None:
     if needs_data(config.router):
         samples = data.joined(datasets.values(), "train")
         run.update(prepared=prepare(model, samples, collate, config.training, accelerator, run))
+    if ratios := flatness(model):
+        run.update(flatness=ratios)
     result = None
     if config.learns:
         listener = TrainingForwards(log, config.log_every) if accelerator.is_main_process else None

@@ -5,6 +5,7 @@ What needs training (PHATGOOSE's gates, a text classifier) is prepared by the co
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,9 +17,12 @@ from mole.data import Sample, spread
 from mole.mixtures.activations import mean_inputs, norm_statistics
 from mole.registry import ROUTERS
 from mole.routers import PrototypeRouter
+from mole.routers.arrow import LowRankRouter
 from mole.routers.predictor import mean_direction
 
 CALIBRATION_SAMPLES = 64
+FLAT = 0.9
+logger = logging.getLogger(__name__)
 
 
 def needs_data(config: Any) -> bool:
@@ -51,6 +55,27 @@ def unprepared(model: Any) -> tuple[str, ...]:
     routers: Iterable[Any] = model.routers().values()
     present = torch.stack([router.present.cpu() for router in routers if isinstance(router, PrototypeRouter)])
     return tuple(name for name, has in zip(model.expert_names, present.all(0).tolist(), strict=True) if not has)
+
+
+def flatness(model: Any) -> dict[str, float]:
+    """Expert → the mean over routers of σ₂ / σ₁ of its update: near 1 a single direction says little about it.
+
+    Empty for routers that go by something else. Logs the experts above `FLAT`.
+    """
+    routers = [router for router in model.routers().values() if isinstance(router, LowRankRouter)]
+    found = {}
+    for index, name in enumerate(model.expert_names):
+        ratios = [float(router.flatness[index]) for router in routers if router.present[index]]
+        if ratios:
+            found[name] = sum(ratios) / len(ratios)
+    flat = [name for name, ratio in found.items() if ratio > FLAT]
+    if flat and model.router_config.name == "arrow":
+        logger.info(
+            "%s: the second direction of the update is nearly as strong as the first, so that Arrow's prototype is "
+            "weak; router=spectral goes by all directions",
+            ", ".join(flat),
+        )
+    return found
 
 
 def prepare_average_activations(model: Any, samples: Sequence[Sample]) -> dict[str, Any]:

@@ -44,6 +44,11 @@ def test_routers_from_the_experts_alone_need_no_data(walk, tmp_path, backbone, w
     assert outside(files(tmp_path / "run"), "mixture") == RUN
     model = open_model(str(tmp_path / "run"), backbone)
     assert model.router_config.name == words[0].partition("=")[2]
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    if model.router_config.name in ("arrow", "spectral"):
+        assert all(0 < ratio < 1 for ratio in facts["flatness"].values())
+    else:
+        assert "flatness" not in facts
 
 
 @pytest.mark.parametrize(

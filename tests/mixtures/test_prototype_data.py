@@ -7,12 +7,13 @@ import torch
 from mixture_cases import TASKS, llama, three_experts
 
 from mole import data
+from mole.adapters import LoraWeights
 from mole.commands.preparing import prepare
 from mole.data import Sample
 from mole.mixtures import MultiExpertModel
 from mole.mixtures.activations import mean_inputs, module_inputs
 from mole.mixtures.gating import gated
-from mole.mixtures.prototype_data import needs_data, prepare_average_activations, samples_of, unprepared
+from mole.mixtures.prototype_data import flatness, needs_data, prepare_average_activations, samples_of, unprepared
 from mole.registry import ROUTERS
 from mole.routers import (
     ArrowConfig,
@@ -165,6 +166,26 @@ def test_modules_of_a_block_share_a_gate(tmp_path):
 
 
 # ---- the others
+def test_flat_spectra_are_told_by_expert(caplog):
+    experts = three_experts(llama())
+    model = MultiExpertModel(llama(), experts, ArrowConfig(), tasks=TASKS, train="none")
+    with caplog.at_level("INFO"):
+        found = flatness(model)
+    for name, adapter in experts.items():
+        sigmas = [torch.linalg.svdvals(part.B @ part.A) for part in adapter.modules.values()]
+        assert found[name] == pytest.approx(sum(float(s[1] / s[0]) for s in sigmas) / len(sigmas), rel=1e-4)
+    assert not caplog.records
+    even = torch.linalg.qr(torch.randn(32, 2)).Q
+    for path, part in experts["sums"].modules.items():
+        rows = torch.linalg.qr(torch.randn(part.B.shape[0], 2)).Q
+        experts["sums"].modules[path] = LoraWeights(A=even.T.contiguous(), B=rows, alpha=2.0)
+    with caplog.at_level("INFO"):
+        found = flatness(MultiExpertModel(llama(), experts, ArrowConfig(), tasks=TASKS, train="none"))
+    assert found["sums"] == pytest.approx(1.0, abs=1e-5)
+    assert "sums: the second direction" in caplog.text
+    assert flatness(mixture(UniformConfig())) == {}
+
+
 def test_norms_are_calibrated_over_all_tokens(tmp_path):
     model, facts = prepared(SpectralConfig(calibrate="zscore"), tmp_path)
     assert facts == {"samples": 24}
