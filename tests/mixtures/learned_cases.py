@@ -52,3 +52,17 @@ def learned(name, dtype=torch.float32, **options) -> MultiExpertModel:
         for parameter in router.parameters():
             parameter.data = parameter + 0.3 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
     return built.eval()
+
+
+def left_padded() -> dict:
+    """Two prompts, the first padded on the left."""
+    ids = torch.randint(3, 101, (2, 7), generator=torch.Generator().manual_seed(11))
+    mask = torch.ones_like(ids)
+    ids[0, :3], mask[0, :3] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask, "task_names": ["spell", "date"]}
+
+
+def full_inputs(batch) -> dict:
+    """The batch, its prompts the first three tokens."""
+    prompt = (torch.arange(9) < 3) & batch["attention_mask"].bool()
+    return {**batch, "prompt_mask": prompt}
