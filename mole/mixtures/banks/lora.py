@@ -129,7 +129,8 @@ class LoraBank(Bank):
         name = self.kernel
         if name == "auto":
             name = pick(x, stack, routing.weights, routing.expert_ids)
-            if name not in self._logged and not torch.compiler.is_compiling():
+            # In this order: a trace that looks at what was logged is made anew when that changes.
+            if not torch.compiler.is_compiling() and name not in self._logged:
                 self._logged.add(name)
                 logger.debug("kernel %s: %d experts, %d in all of rank, of a routing %s", name, *_facts(stack, routing))
         kernel: Kernel = KERNELS[name]
