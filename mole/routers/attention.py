@@ -77,12 +77,13 @@ class AttentionRouter(Router):
         with without_autocast(x):
             asked = self.queries(outputs if config.query == "output" else x)
             logits = at_least_float32(inner(asked @ at_least_float32(self.keys).to(asked.dtype))) / config.temperature
-            all_here = config.missing == "drop" or len(present) == self.shape.num_experts
-            here = torch.arange(self.shape.num_experts) if all_here else torch.tensor(present)
-            here = here.to(logits.device)
-            kept = dropped(logits.index_select(-1, here), config.expert_dropout, self.training)
-            attention = F.dropout(torch.softmax(kept, dim=-1), config.dropout, self.training)
-            weights = torch.zeros_like(logits).index_copy(-1, here, attention)
+            some = config.missing == "renormalise" and len(present) < self.shape.num_experts
+            here = torch.tensor(present, device=logits.device) if some else None
+            asking = logits if here is None else logits.index_select(-1, here)
+            asking = dropped(asking, config.expert_dropout, self.training)
+            weights = F.dropout(torch.softmax(asking, dim=-1), config.dropout, self.training)
+            if here is not None:
+                weights = torch.zeros_like(logits).index_copy(-1, here, weights)
             if self.training and config.value and config.value_reg:
                 frame.penalise("value_reg", self.sites[0], config.value_reg * self._change().square().sum())
         return Routing(weights, logits=logits)
