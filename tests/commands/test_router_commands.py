@@ -28,13 +28,18 @@ def outside(found: set[str], *folders: str) -> set[str]:
     return {name for name in found if not name.startswith(tuple(f"{folder}/" for folder in folders))}
 
 
+def slowly(*values):
+    """A case of the whole suite only: each builds a mixture, writes it and reads it back."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["router=arrow"],
-        ["router=arrow", "router.general_experts=[shouting]"],
-        ["router=spectral", "router.calibrate=frobenius"],
-        ["router=single", "router.expert=reverse"],
+        slowly(["router=arrow", "router.general_experts=[shouting]"]),
+        slowly(["router=spectral", "router.calibrate=frobenius"]),
+        slowly(["router=single", "router.expert=reverse"]),
         ["router=hash", "router.by=example"],
     ],
     ids=lambda words: " ".join(words),
@@ -55,11 +60,11 @@ def test_routers_from_the_experts_alone_need_no_data(walk, tmp_path, backbone, w
     ("words", "kept"),
     [
         (["router=phatgoose", "router.gate_steps=3"], {"gates"}),
-        (["router=average_activation", "router.max_samples=3"], {"samples"}),
-        (["router=spectral", "router.calibrate=zscore"], {"samples"}),
-        (["router=hash", "router.balanced=true"], {"tokens", "distinct"}),
-        (["router=predictor"], {"texts"}),
-        (["router=predictor", "router.head=classifier", "router.classifier_steps=5"], {"texts", "loss", "hits"}),
+        slowly(["router=average_activation", "router.max_samples=3"], {"samples"}),
+        slowly(["router=spectral", "router.calibrate=zscore"], {"samples"}),
+        slowly(["router=hash", "router.balanced=true"], {"tokens", "distinct"}),
+        slowly(["router=predictor"], {"texts"}),
+        slowly(["router=predictor", "router.head=classifier", "router.classifier_steps=5"], {"texts", "loss", "hits"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -153,6 +158,7 @@ def test_lorahub_leaves_its_probes_and_the_best_mixture(walk, tmp_path, backbone
     torch.testing.assert_close(alone(input_ids=ids).logits, want, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_lorahub_repeats_and_weighs_factors_apart_where_asked(walk, tmp_path, backbone, searching):
     for name in ("first", "second"):
         hub(walk, tmp_path / name)
@@ -165,6 +171,7 @@ def test_lorahub_repeats_and_weighs_factors_apart_where_asked(walk, tmp_path, ba
     assert open_model(str(tmp_path / "factors"), backbone).router_config.combine == "parameters"
 
 
+@pytest.mark.slow
 def test_the_pool_is_drawn_or_chosen_by_what_each_expert_does_alone(walk, tmp_path, searching):
     hub(walk, tmp_path / "best", "pool=1", "pool_by=loss")
     assert list(probes(tmp_path / "best")[0]["weights"]) == ["reverse"]
