@@ -63,8 +63,8 @@ class PrefixBank(CallBank):
 
 
 def _check_sign(weights: Tensor) -> None:
-    """On the CPU at once; on a device by an assertion that nobody waits for."""
-    if weights.device.type != "cpu":
+    """On the CPU at once; on a device, and in a compiled graph, by an assertion that nobody waits for."""
+    if weights.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async((weights >= 0).all(), "prefix experts take no negative weights")  # pyright: ignore
     elif bool((weights < 0).any()):
         raise ValueError("prefix experts take no negative weights: they would have no place in the attention's softmax")

@@ -71,8 +71,11 @@ class PromptBank(CallBank):
 def _check_one_hot(weights: Tensor) -> None:
     """Raises ValueError unless each row is one-hot, or nothing."""
     good = ((weights == 0) | (weights == 1)).all() & (weights.sum(-1) <= 1).all()
-    if not bool(good):
-        raise ValueError(
-            "prompts of unlike lengths have no average: each example needs one expert with weight 1 (router=task, "
-            "single, predictor with top_k=1), or prompts of one length"
-        )
+    reason = (
+        "prompts of unlike lengths have no average: each example needs one expert with weight 1 (router=task, single, "
+        "predictor with top_k=1), or prompts of one length"
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(good, reason)  # pyright: ignore
+    elif not bool(good):
+        raise ValueError(reason)
