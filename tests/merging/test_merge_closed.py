@@ -23,6 +23,7 @@ from mole.merging import (
     spaces,
 )
 from mole.merging.dare import uniform
+from mole.merging.deltas import layers_of
 
 ALL = TiesConfig(density=1.0), DareConfig(density=1.0), KnotsConfig(density=1.0)
 KEEPING = [LinearConfig(), ConcatConfig(), TaskArithmeticConfig(), TsvConfig(), WudiConfig(), *ALL]
@@ -82,6 +83,16 @@ def test_experts_that_share_nothing_are_added_up(config):
     torch.testing.assert_close(
         merged(config, two, rank="exact")["m"], sum(dense(a)["m"] for a in two.values()), **close
     )
+
+
+@pytest.mark.parametrize("config", [TiesConfig(space="core", density=1.0), KnotsConfig()], ids=str)
+def test_directions_that_no_expert_has_are_no_part_of_a_space(config):
+    one = experts()["sums"]
+    for layer in layers_of({"a": one, "b": one}):
+        core = spaces.core_of(layer)
+        assert (core.U.shape[1], core.V.shape[1]) == (2, 2)
+    result = merge({"a": one, "b": one}, config)
+    assert {layer.rank for layer in result.layers} == {2}
 
 
 def test_a_lower_rank_keeps_the_largest_singular_values_and_bounds_every_output():
