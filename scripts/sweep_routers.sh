@@ -56,9 +56,12 @@ if [ ! -d "$library" ]; then
 fi
 
 IFS=, read -ra wanted <<< "$routers"
+# What differs from conf/router: windows of plain text have no prompt to pool or read.
+declare -A own=()
+[ "$source_of" = generated ] || own=([smear]="router.pool=causal router.combine=outputs")
 made=()
 for router in "${wanted[@]}"; do
-  "$mole" build-moe "${backbone[@]}" "${words[@]}" router="$router" training=router training.max_steps="$steps" \
+  "$mole" build-moe "${backbone[@]}" "${words[@]}" router="$router" ${own[$router]:-} training=router training.max_steps="$steps" \
     training.epochs=null training.evaluate_every=null training.checkpoint_every=null training.log_every=10 \
     "${batch[@]}" library=local "library.url=$library" log_every=null log_examples=8 seed="$seed" name="$router" \
     "run.folder=$out/$router" || { echo "$router: left out of the table" >&2; continue; }

@@ -22,8 +22,8 @@ from mole.evaluation import Validation, check_reloaded, mean_loss
 from mole.experts import Expert, ExpertLibrary
 from mole.mixtures import MultiExpertModel
 from mole.mixtures.growing import carry, take_apart
-from mole.mixtures.hidden_store import HiddenStore, store_bytes
-from mole.mixtures.prototype_data import flatness, needs_data
+from mole.mixtures.preparing.prototype_data import flatness, needs_data
+from mole.mixtures.two_pass.hidden_store import HiddenStore, store_bytes
 from mole.registry import BACKBONES, DATASETS, LIBRARIES, OPTIMIZERS, ROUTERS, SCHEDULES, TRACKERS, config_dataclass
 from mole.routing.log import RoutingLog
 from mole.routing.losses import check_losses

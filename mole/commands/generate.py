@@ -19,7 +19,7 @@ from mole.config.seeds import seed_for
 from mole.data.encode import text_ids
 from mole.evaluation.exact_match import end_ids
 from mole.mixtures import MultiExpertModel
-from mole.mixtures.speculation import require_routing_pass
+from mole.mixtures.two_pass.speculation import require_routing_pass
 from mole.registry import BACKBONES, DATASETS, config_dataclass
 from mole.routing.log import RoutingLog
 from mole.run_folder import RunFolder, write_atomically

@@ -18,7 +18,7 @@ from mole.evaluation import check_reloaded, mean_loss, total
 from mole.experts import Expert, ExpertLibrary, describe
 from mole.experts.retrieval import by_chance
 from mole.mixtures import MultiExpertModel
-from mole.mixtures.weight_search import BlackBox, Nevergrad, Probe, best_of, search
+from mole.mixtures.preparing.weight_search import BlackBox, Nevergrad, Probe, best_of, search
 from mole.registry import BACKBONES, DATASETS, LIBRARIES, config_dataclass
 from mole.routers import StaticConfig
 from mole.run_folder import RunFolder

@@ -1,5 +1,5 @@
 """Prepare a router from data of the experts' tasks before the mixture is used or trained: what needs training, by
-the one loop; the rest is in mixtures/prototype_data.py.
+the one loop; the rest is in mixtures/preparing/prototype_data.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from mole.config.seeds import seed_for
 from mole.data import IGNORED, Sample, epoch_order, spread
 from mole.evaluation import mean_loss, total
 from mole.mixtures import MultiExpertModel
-from mole.mixtures.gating import MeanGate, gated
-from mole.mixtures.prototype_data import (
+from mole.mixtures.preparing.gating import MeanGate, gated
+from mole.mixtures.preparing.prototype_data import (
     give_prototypes,
     prepare_average_activations,
     prepare_calibration,

@@ -2,11 +2,11 @@
 
 from mole.mixtures.adapter_mixture import MixtureLayer
 from mole.mixtures.banks import LoraBank
-from mole.mixtures.cache import TwoStreamCache
 from mole.mixtures.files import Origin, load_mixture, origins_of, save_mixture
 from mole.mixtures.listening import own_statistics
 from mole.mixtures.model import MultiExpertModel
 from mole.mixtures.opening import experts_of, mixture_folder, mixture_of, open_model, pinned
+from mole.mixtures.two_pass.cache import TwoStreamCache
 from mole.mixtures.wrapping import MixtureOptions
 
 __all__ = [

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mole.mixtures import encoder_decoder, gate_reuse
-from mole.mixtures.cache import TwoStreamCache
 from mole.mixtures.keeping import kept
 from mole.mixtures.placing import batch_rows, placed
-from mole.mixtures.routing_pass import constant_frame, last_hidden_state
+from mole.mixtures.two_pass import encoder_decoder, gate_reuse
+from mole.mixtures.two_pass.cache import TwoStreamCache
+from mole.mixtures.two_pass.routing_pass import constant_frame, last_hidden_state
 from mole.routers import Router
 from mole.routing import Frame
 

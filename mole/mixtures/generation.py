@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationMixin
 
-from mole.mixtures.speculation import require_routing_pass, speculate
+from mole.mixtures.two_pass.speculation import require_routing_pass, speculate
 from mole.routing import Frame, RoutingContext, RoutingInputs
 
 

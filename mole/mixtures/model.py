@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 
 from mole.adapters import Adapter
 from mole.backbones.modules import replace_module
-from mole.mixtures.encoder_decoder import RoutedEncoder, check_widths, is_one
 from mole.mixtures.forward_routing import route
 from mole.mixtures.generation import Generation
-from mole.mixtures.hidden_store import HiddenStore
 from mole.mixtures.listening import Listener, Observer, report
 from mole.mixtures.router_building import build_router
-from mole.mixtures.routing_pass import Streams, can_cache, pass_inputs
-from mole.mixtures.speculation import SpeculationReport
+from mole.mixtures.two_pass.encoder_decoder import RoutedEncoder, check_widths, is_one
+from mole.mixtures.two_pass.hidden_store import HiddenStore
+from mole.mixtures.two_pass.routing_pass import Streams, can_cache, pass_inputs
+from mole.mixtures.two_pass.speculation import SpeculationReport
 from mole.mixtures.wrapping import MixtureOptions, expert_now, wrap
 from mole.registry import unknown
 from mole.routers import MixtureShape, Router
@@ -70,7 +70,9 @@ class MultiExpertModel(nn.Module, Generation):
         self.losses: dict[str, float] = {}  # of the routing, in training: name → coefficient
         self.hidden_store: HiddenStore | None = None  # keeps the routing pass of training examples, if set
         self.speculation: SpeculationReport | None = None  # of the last `generate` with self_speculation
-        biased = any(getattr(w, "bias", None) is not None for adapter in experts.values() for w in adapter.modules.values())
+        biased = any(
+            getattr(w, "bias", None) is not None for adapter in experts.values() for w in adapter.modules.values()
+        )
         self.options = MixtureOptions(
             kernel=kernel,
             expert_dropout=expert_dropout,

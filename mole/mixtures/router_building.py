@@ -6,9 +6,9 @@ from typing import Any
 
 from mole.backbones.modules import in_out_features, reads_left_to_right
 from mole.mixtures.call_mixture import check_calls
-from mole.mixtures.encoder_decoder import is_one
 from mole.mixtures.groups import groups_of
 from mole.mixtures.subtraction import subtract
+from mole.mixtures.two_pass.encoder_decoder import is_one
 from mole.registry import ROUTERS
 from mole.routers import Router
 

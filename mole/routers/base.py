@@ -116,7 +116,7 @@ class Router(nn.Module):
     num_splits: int = 1
     # Whether the routing of a token depends on later ones: not for backbones that read from left to right.
     reads_ahead: bool = False
-    # Approximations while decoding, for routers with a routing pass: see mixtures/gate_reuse.py.
+    # Approximations while decoding, for routers with a routing pass: see mixtures/two_pass/gate_reuse.py.
     gate_refresh: int = 1
     gate_freeze_after: int | None = None
 

@@ -27,7 +27,7 @@ from measuring import Row, saved_bytes, seconds, timed, write
 from xlora_models import MIXED, TRAINED, Setting, in_mole, in_peft, llama
 
 from mole.mixtures import MultiExpertModel
-from mole.mixtures.hidden_store import HiddenStore
+from mole.mixtures.two_pass.hidden_store import HiddenStore
 
 
 def tokens(setting: Setting, rows: int, length: int) -> torch.Tensor:

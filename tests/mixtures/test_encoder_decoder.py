@@ -8,7 +8,7 @@ from family_cases import case
 from transformers.modeling_outputs import BaseModelOutput
 
 from mole.mixtures import TwoStreamCache
-from mole.mixtures.encoder_decoder import RoutedEncoderOutput, check_widths, reads_encoder
+from mole.mixtures.two_pass.encoder_decoder import RoutedEncoderOutput, check_widths, reads_encoder
 from mole.routers import TopKConfig, UniformConfig, XLoraConfig
 
 GENERATE = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from family_cases import FAMILIES, case, hooked
 
-from mole.mixtures.encoder_decoder import reads_encoder
+from mole.mixtures.two_pass.encoder_decoder import reads_encoder
 
 
 class Kept:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from mixture_cases import mixture
 
-from mole.mixtures.hidden_store import HiddenStore, store_bytes
+from mole.mixtures.two_pass.hidden_store import HiddenStore, store_bytes
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mole.adapters import LoraWeights
-from mole.kernels import stacked, loop
+from mole.kernels import loop, stacked
 from mole.mixtures.banks import LoraBank
 from mole.routing import Routing
 

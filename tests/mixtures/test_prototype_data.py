@@ -11,9 +11,15 @@ from mole.adapters import LoraWeights
 from mole.commands.preparing import prepare
 from mole.data import Sample
 from mole.mixtures import MultiExpertModel
-from mole.mixtures.activations import mean_inputs, module_inputs
-from mole.mixtures.gating import gated
-from mole.mixtures.prototype_data import flatness, needs_data, prepare_average_activations, samples_of, unprepared
+from mole.mixtures.preparing.activations import mean_inputs, module_inputs
+from mole.mixtures.preparing.gating import gated
+from mole.mixtures.preparing.prototype_data import (
+    flatness,
+    needs_data,
+    prepare_average_activations,
+    samples_of,
+    unprepared,
+)
 from mole.registry import ROUTERS
 from mole.routers import (
     ArrowConfig,

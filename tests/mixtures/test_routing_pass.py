@@ -7,8 +7,8 @@ from mixture_cases import llama, mixture
 
 from mole.adapters import Adapter, LoraWeights
 from mole.mixtures import MultiExpertModel
-from mole.mixtures.hidden_store import HiddenStore
-from mole.mixtures.routing_pass import can_cache
+from mole.mixtures.two_pass.hidden_store import HiddenStore
+from mole.mixtures.two_pass.routing_pass import can_cache
 from mole.routers import XLoraConfig
 
 DROPPING = ["llama", "bert", "t5", "opt", "gpt2"]

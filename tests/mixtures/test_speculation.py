@@ -5,7 +5,7 @@ import torch
 from mixture_cases import CONFIGS, mixture
 
 from mole.mixtures import TwoStreamCache
-from mole.mixtures.speculation import _choose
+from mole.mixtures.two_pass.speculation import _choose
 from mole.routing.log import RoutingLog
 
 ROUTED = [name for name in CONFIGS if name.startswith("xlora")]

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from mole.mixtures.weight_search import Nevergrad, Probe, best_of, search
+from mole.mixtures.preparing.weight_search import Nevergrad, Probe, best_of, search
 
 PLANTED = (0.9, -0.4, 0.0)
 

@@ -13,7 +13,7 @@ from mole.adapters import Adapter, LoraWeights
 from mole.backbones import Backbone
 from mole.backbones.load import shapes_digest
 from mole.mixtures import MultiExpertModel, load_mixture, save_mixture
-from mole.mixtures.prototype_data import give_prototypes
+from mole.mixtures.preparing.prototype_data import give_prototypes
 from mole.routers import (
     ArrowConfig,
     AverageActivationConfig,

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
-from mole.mixtures.cache import TwoStreamCache
 from mole.mixtures.placing import batch_rows, placed
-from mole.mixtures.routing_pass import constant_frame, dropout_off, last_hidden_state
+from mole.mixtures.two_pass.cache import TwoStreamCache
+from mole.mixtures.two_pass.routing_pass import constant_frame, dropout_off, last_hidden_state
 from mole.routers import Router
 from mole.routing import Frame, Routing, RoutingInputs
 

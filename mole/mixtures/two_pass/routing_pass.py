@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from mole.backbones.modules import reads_left_to_right
-from mole.mixtures.cache import TwoStreamCache
+from mole.mixtures.two_pass.cache import TwoStreamCache
 from mole.routers import Router
 from mole.routing import Frame, Routing
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mole.mixtures.cache import TwoStreamCache
+from mole.mixtures.two_pass.cache import TwoStreamCache
 from mole.routers import Router
 from mole.routing import Frame, Routing
 

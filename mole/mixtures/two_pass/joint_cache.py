@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from mole.mixtures.cache import TwoStreamCache
+from mole.mixtures.two_pass.cache import TwoStreamCache
 
 ROOM = 64  # slots added whenever the buffers are full, at least
 

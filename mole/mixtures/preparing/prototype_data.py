@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mole.data import Sample, spread
-from mole.mixtures.activations import mean_inputs, norm_statistics
+from mole.mixtures.preparing.activations import mean_inputs, norm_statistics
 from mole.registry import ROUTERS
 from mole.routers import PrototypeRouter
 from mole.routers.arrow import LowRankRouter

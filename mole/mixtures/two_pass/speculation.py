@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from mole.mixtures.cache import TwoStreamCache
-from mole.mixtures.joint_cache import JointCache
-from mole.mixtures.routing_pass import constant_frame
+from mole.mixtures.two_pass.cache import TwoStreamCache
+from mole.mixtures.two_pass.joint_cache import JointCache
+from mole.mixtures.two_pass.routing_pass import constant_frame
 from mole.routing import Frame, Routing, RoutingInputs
 
 if TYPE_CHECKING:
