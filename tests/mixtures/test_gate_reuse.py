@@ -52,7 +52,7 @@ def scores_by_the_rule(monkeypatch, model, sequences, mask, *, refresh=1, freeze
             site: Routing(r.dense(model.shape.num_experts)[:, index])
             for site, r in zip(model.sites, seen[0], strict=True)
         }
-        monkeypatch.setattr(MixtureLayer, "_routing", lambda self, rows, frame: spent[self.site])
+        monkeypatch.setattr(MixtureLayer, "_routing", lambda self, rows, out, frame: spent[self.site])
         with model.fixed_routing({model.expert_names[0]: 1.0}):  # no routing pass; the line above has the gates
             logits = model(input_ids=sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits
         monkeypatch.undo()
