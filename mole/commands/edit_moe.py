@@ -33,8 +33,6 @@ class EditMoe:
 
     def __post_init__(self):
         problems = []
-        if not (self.add or self.replace or self.remove):
-            problems.append("nothing to change: give add, replace or remove a list of experts")
         if (self.add or self.replace) and self.library is None:
             problems.append("add and replace take experts of a library: give library=<one>")
         listed = [*self.add, *self.replace, *self.remove]
@@ -47,6 +45,8 @@ class EditMoe:
 
 def run(config: EditMoe) -> None:
     """Leaves the changed mixture in `mixture/`; the old one is as it was."""
+    if not (config.add or config.replace or config.remove):
+        raise ValueError("nothing to change: give add, replace or remove a list of experts")
     run = RunFolder(config.run.folder)
     backbone = backbones.load(config.backbone)
     source = mixtures.mixture_folder(config.mixture)

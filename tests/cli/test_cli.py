@@ -497,7 +497,7 @@ def test_completion_of_the_real_commands_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.splitlines() == ["dataset=arithmetic", "False"]
     assert complete("mole library a", cli.COMMANDS, []) == ["add"]
-    assert complete("mole comp", cli.COMMANDS, []) == ["completion"]
+    assert complete("mole compl", cli.COMMANDS, []) == ["completion"]
 
 
 def test_a_completer_that_fails_prints_nothing(monkeypatch, capsys):

@@ -108,7 +108,7 @@ def test_labels_on_padding_never_count():
 def test_every_key_of_the_batch_but_the_labels_reaches_the_model():
     model = Table()
     mean_loss(model, SAMPLES, partial(collate, pad_token_id=2), batch_size=2)
-    assert [set(others) for others in model.seen] == [{"attention_mask", "prompt_mask", "task_names"}] * 3
+    assert [set(others) for others in model.seen] == [{"attention_mask", "prompt_mask", "task_names", "texts"}] * 3
     assert model.seen[0]["task_names"] == ["a", "a"]  # the longest samples first
 
 

@@ -368,12 +368,17 @@ def test_a_compiled_model_is_one_graph_and_follows_its_setters_without_compiling
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     changes = {"set_global_scaling_weight": 0.5, "set_scaling_pass_value": 0.3}
+
+    def check():  # a graph has one kernel for all lengths, which need not be the one that is fastest for this one
+        found = compiled(input_ids=ids(), use_cache=False).logits
+        torch.testing.assert_close(found, logits(plain, use_cache=False), rtol=0, atol=1e-5)
+
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        assert torch.equal(compiled(input_ids=ids(), use_cache=False).logits, logits(plain, use_cache=False))
+        check()
         for setter, value in changes.items():
             getattr(model, setter)(value)
             getattr(plain, setter)(value)
-            assert torch.equal(compiled(input_ids=ids(), use_cache=False).logits, logits(plain, use_cache=False))
+            check()
         model.xlora_config.softmax_temperature = plain.xlora_config.softmax_temperature = 0.5
         model._sync()  # assigned fields are taken over outside the graph
-        assert torch.equal(compiled(input_ids=ids(), use_cache=False).logits, logits(plain, use_cache=False))
+        check()
