@@ -57,7 +57,8 @@ class MixtureLayer(nn.Module):
         if frame.recording:
             frame.seen[self.fit.site] = routing
         fitting, rows = fitted(routing, x, base_out, self.fit, frame)
-        if self.router is not None and "outputs" in self.router.needs and frame.fixed is None:
+        given = frame.fixed is not None or self.fit.site in frame.routings  # by another than this layer's router
+        if self.router is not None and not given and "outputs" in self.router.needs:
             # What such a router does to the experts' share is its own; the module's output takes no part in it.
             share = parts["bank"].delta(base_out, rows, fitting)  # type: ignore[union-attr]
             return base_out + self.router.value(share)  # type: ignore[operator]

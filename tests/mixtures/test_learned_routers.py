@@ -11,7 +11,7 @@ from mixture_cases import TASKS, expert, llama
 from mole.backbones import Backbone
 from mole.backbones.load import shapes_digest
 from mole.mixtures import MultiExpertModel, load_mixture, save_mixture
-from mole.routers import StaticConfig
+from mole.routers import StaticConfig, UniformConfig, UniformRouter
 
 ALL = pytest.mark.parametrize("name", LEARNED)
 
@@ -173,3 +173,19 @@ def test_forward_and_generate_change_no_flag_and_no_state(name, full, prompts):
     model.generate(**prompts, max_new_tokens=2)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert [(p.requires_grad, m.training) for m in model.modules() for p in m.parameters()] == flags
+
+
+@ALL
+def test_another_router_in_its_place_is_what_that_router_says(name, full):
+    model = learned(name).eval()
+    for router in model.routers().values():  # away from any start at which it does nothing of its own
+        for parameter in router.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    uniform = UniformRouter(UniformConfig(), model.shape)
+    weights = dict.fromkeys(model.expert_names, 1 / len(model.expert_names))
+    with torch.no_grad():
+        with model.routed_by(uniform):
+            found = model(**full, use_cache=False).logits
+        with model.fixed_routing(weights):
+            wanted = model(**full, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
