@@ -4,7 +4,8 @@
 # Usage: scripts/domains.sh <data folder> [output folder]
 #   <data folder> has models/stories260K/hf and corpora/{tinystories_sample,tinyshakespeare,tinymoliere,nottingham_abc}.txt
 #   and corpora/wikitext-2/{valid,test}.txt
-# EXPERT_STEPS and ROUTER_STEPS (default 120 and 2400) change how long it trains, PROCESSES (2) on how many processes, one thread each.
+# EXPERT_STEPS and ROUTER_STEPS (default 120 and 2800) change how long it trains, PROCESSES (2) on how many processes of
+# one thread each.
 set -euo pipefail
 data="${1:?usage: scripts/domains.sh <data folder> [output folder]}"
 data="$(cd "$data" && pwd)"
@@ -49,11 +50,11 @@ done
 for _ in $(seq "$running"); do wait -n; done
 
 # Each corpus alike, in short windows: the router sees more different tokens in the same time.
-mapfile -t words < <(mixed 64 6000)
+mapfile -t words < <(mixed 128 3000)
 "$mole" xlora-train "${backbone[@]}" library=local "library.url=$out/library" "${words[@]}" \
   router.depth=3 router.size=512 router.dropout=0.0 keep_hidden_states=float32 \
-  training.max_steps="${ROUTER_STEPS:-2400}" training.epochs=null training.batch_size=32 training.learning_rate=5e-3 \
-  training.evaluate_every=1200 training.checkpoint_every=600 launcher.num_processes="${PROCESSES:-2}" name=domains "run.folder=$out/mixture" run.resume=auto
+  training.max_steps="${ROUTER_STEPS:-2800}" training.epochs=null training.batch_size=16 training.learning_rate=4e-3 \
+  training.evaluate_every=1400 training.checkpoint_every=700 launcher.num_processes="${PROCESSES:-2}" name=domains "run.folder=$out/mixture" run.resume=auto
 
 mapfile -t words < <(mixed 256 1)
 rm -rf "$out/evaluation" "$out/again" "$out/library-alone" "$out/text"
