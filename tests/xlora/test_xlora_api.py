@@ -371,7 +371,7 @@ def test_a_compiled_model_is_one_graph_and_follows_its_setters_without_compiling
 
     def check():  # a graph has one kernel for all lengths, which need not be the one that is fastest for this one
         found = compiled(input_ids=ids(), use_cache=False).logits
-        torch.testing.assert_close(found, logits(plain, use_cache=False), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, logits(plain, use_cache=False), rtol=0, atol=1e-4)
 
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         check()
