@@ -22,7 +22,7 @@ class Quickstart:
         "consonants",
     )
     expert_steps: Annotated[int, Field(ge=1)] = 90
-    router_steps: Annotated[int, Field(ge=1)] = 380
+    router_steps: Annotated[int, Field(ge=1)] = 420
     seed: int = 0
 
     def __post_init__(self):
