@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -10,21 +13,57 @@ from mole.experts.card import Card
 Version = str  # the backend's own token for a card, compared for equality only
 
 
+@dataclass(frozen=True)
+class Change:
+    """One step of a batch: publish `folder`, which holds its card, under `name`; without a folder, remove the name."""
+
+    name: str
+    folder: Path | None
+    expect: Version | None
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something that nothing needs any more: where it lies, why it may go, its bytes."""
+
+    what: str
+    why: str
+    size: int
+
+
 class Backend(Protocol):
-    """Whole or not at all; every write says which version it expects; asking for what is there already is success."""
+    """Whole or not at all; every write says which version it expects; asking for what is there already is success.
+
+    Constructors do no network. One object serves several threads.
+    """
 
     url: str
+    after_removal: str  # how long the bytes of a removed expert remain, as the end of a sentence
 
     def exists(self) -> bool:
         """Whether there is a library, empty or not."""
         ...
 
+    def head(self) -> str | None:
+        """A token of the whole library's state, where one request gives it; None where there is no such thing."""
+        ...
+
     def cards(self) -> dict[str, Version]:
-        """Name → version of every expert, sorted by name; no card is checked. Raises NoLibrary."""
+        """Name → token of every expert, sorted by name, in one listing; no card is read. Raises NoLibrary.
+
+        A token changes whenever the card does; it serves caches, and is not what `expect` wants.
+        """
         ...
 
     def card(self, name: str, revision: str | None = None) -> tuple[Card, Version]:
         """The card of an expert, or of an old revision of it. Raises NoLibrary, UnknownExpert, Damaged."""
+        ...
+
+    def read_cards(self, names: Iterable[str]) -> Iterator[tuple[str, Card | Exception]]:
+        """The cards of many, in the order of names, or the Damaged that one is; those removed meanwhile are left out.
+
+        The client may ask for several at once.
+        """
         ...
 
     def fetch(self, name: str, dest: Path, revision: str | None = None) -> Card:
@@ -46,10 +85,27 @@ class Backend(Protocol):
         """Take an expert away. Raises Conflict, and changes nothing, if it is not at that version; ReadOnly."""
         ...
 
+    def apply(self, changes: Sequence[Change], message: str) -> None:
+        """Several changes; every `expect` is checked before the first is written.
+
+        On the Hub one commit (`message` is its title), all or nothing. Elsewhere each expert is whole by itself, in the
+        order given; an error then says in a note which were written.
+        """
+        ...
+
     def verify(self, name: str, *, quick: bool = False) -> Card:
         """Check the card, that its files are there and what it says, and that nothing else is; raises what is wrong."""
         ...
 
     def strays(self) -> list[str]:
         """What lies in the library and is no expert."""
+        ...
+
+    def collect(self, older_than: timedelta, keep: int, *, dry_run: bool) -> list[Garbage]:
+        """What nothing needs any more, taken away unless `dry_run`; `keep` old revisions of each name stay."""
+        ...
+
+    @property
+    def derived(self) -> Backend:
+        """The second namespace of the same place, with the same laws: what was computed from experts."""
         ...
