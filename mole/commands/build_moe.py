@@ -26,7 +26,7 @@ from mole.mixtures.preparing.prototype_data import flatness, needs_data
 from mole.mixtures.two_pass.hidden_store import HiddenStore, store_bytes
 from mole.registry import BACKBONES, DATASETS, LIBRARIES, OPTIMIZERS, ROUTERS, SCHEDULES, TRACKERS, config_dataclass
 from mole.routing.log import RoutingLog
-from mole.routing.losses import check_losses
+from mole.routing.losses import Over, check_losses
 from mole.routing.statistics import RoutingStatistics
 from mole.run_folder import RunFolder
 from mole.training import AnyTraining, FitResult, TrainingData, fit, make_accelerator
@@ -72,6 +72,8 @@ class BuildMoe:
     mixing: MixingConfig = dataclasses.field(default_factory=MixingConfig)
     allow_other_backbone: bool = False
     losses: dict[str, float] = dataclasses.field(default_factory=dict)
+    losses_over: Over = "microbatch"
+    free_bits: Annotated[float, Field(ge=0, le=1)] = 0.0
     keep_hidden_states: Literal["float32", "bfloat16"] | None = None
     log_every: Annotated[int, Field(ge=1)] | None = 20
     log_examples: Annotated[int, Field(ge=0)] = 16
@@ -83,6 +85,8 @@ class BuildMoe:
         if (self.learns or needs_data(self.router)) and not self.datasets:
             chosen_datasets(self)
         check_losses(self.losses)
+        if self.free_bits and "mutual_information" not in self.losses:
+            raise ValueError("free_bits is a limit of the loss mutual_information: set losses.mutual_information")
         if self.losses and not ROUTERS[self.router.name].implementation.learned:  # type: ignore[attr-defined]
             raise ValueError(
                 f"losses: router={self.router.name} learns nothing: leave them out, or choose another router"
@@ -125,7 +129,7 @@ def run(config: BuildMoe) -> float | None:
     result = None
     if config.learns:
         listener = TrainingForwards(log, config.log_every) if accelerator.is_main_process else None
-        model.losses = dict(config.losses)
+        model.losses, model.losses_over, model.free_bits = dict(config.losses), config.losses_over, config.free_bits
         statistics = _statistics(config, model) if accelerator.is_main_process else None
         with _listening(model, listener), _keeping(model, config, datasets):
             result = _train(config, model, datasets, collate, accelerator, run, statistics=statistics)

@@ -8,6 +8,7 @@ Legend: B examples, T tokens, E experts, K chosen, d the width of the module's i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -117,8 +118,8 @@ class PrototypeRouter(Router):
         self._require_ready()
         with without_autocast(x):
             logits = self.scores(x.to(self._v().dtype)) / self.temperature
-            logits = logits.masked_fill(~self._allowed(), ABSENT)
-            return self._routing(logits)
+            routing = self._routing(logits.masked_fill(~self._allowed(), ABSENT))
+            return replace(routing, angles=self.angles(x.detach())) if frame.recording else routing
 
     def _allowed(self) -> Tensor:
         """Which experts may be chosen, bool [E]."""

@@ -12,14 +12,18 @@ expert e (Σ f = 1) and H the entropy in nats:
     token_entropy       mean_t H(p_t)                     0 for one-hot routing
     mutual_information  mean_t H(p_t) − H(P)              −ln E for sharp and balanced routing
     expert_label        mean_t −ln p_t,e*                 e*: the expert of the token's task
+
+`over` says what N is: the tokens of a micro-batch, or of each sequence by itself, whose losses are then averaged with
+the sequences' tokens as weights: a router that is balanced over a batch of unlike tasks need not be so in any of them.
+`free_bits` stops mutual_information from pushing once it is −free_bits · ln E: tasks that share experts may.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,16 +36,30 @@ UNLABELLED = -100
 
 @dataclass(frozen=True)
 class Observed:
-    """One routing over its N valid tokens: log p [N, E] and logits [N, E] with graph; f [E]; labels [N] or None.
+    """One routing over its N valid tokens: log p [N, E] and logits [N, E] with graph; chosen experts [N, K], -1: none.
 
-    `chances` [N, E], with graph, where the router has noise. Each block of features counts as a token.
+    `sequences` [N]: the row each token is of; `labels` [N] or None; `chances` [N, E], with graph, where the router has
+    noise. Each block of features counts as a token.
     """
 
     log_p: Tensor
     logits: Tensor
-    load: Tensor
+    chosen: Tensor
+    sequences: Tensor
     labels: Tensor | None
     chances: Tensor | None = None
+
+    @property
+    def load(self) -> Tensor:
+        """f [E], without graph."""
+        counts = torch.bincount(self.chosen[self.chosen >= 0].flatten(), minlength=self.logits.shape[-1])
+        return counts.to(self.logits.dtype) / counts.sum().clamp_min(1)
+
+    def by_sequence(self) -> list[Observed]:
+        """The same of each row by itself."""
+        rows = [self.sequences == row for row in self.sequences.unique()]
+        values = [getattr(self, field.name) for field in fields(self)]
+        return [Observed(*(None if value is None else value[row] for value in values)) for row in rows]
 
     @property
     def importance(self) -> Tensor:
@@ -96,6 +114,8 @@ def _expert_label(o: Observed) -> Tensor:
     return -o.log_p[known].gather(-1, o.labels[known, None]).mean()
 
 
+Over = Literal["microbatch", "sequence"]
+
 LOSSES: dict[str, Callable[[Observed], Tensor]] = {
     "load_balance": _load_balance,
     "z_loss": _z_loss,
@@ -108,6 +128,10 @@ LOSSES: dict[str, Callable[[Observed], Tensor]] = {
 }
 
 
+# Those of shares over tokens; the others are means over tokens, the same however the tokens are grouped.
+OF_SHARES = ("load_balance", "importance_cv2", "load_cv2", "balance_entropy", "mutual_information")
+
+
 def check_losses(coefficients: Mapping[str, Any]) -> None:
     """Raises ValueError for a loss that is not known."""
     for name in coefficients:
@@ -116,7 +140,13 @@ def check_losses(coefficients: Mapping[str, Any]) -> None:
 
 
 def routing_losses(
-    names: Iterable[str], routings: Iterable[Routing], mask: Tensor | None, labels: Tensor | None = None
+    names: Iterable[str],
+    routings: Iterable[Routing],
+    mask: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    over: Over = "microbatch",
+    free_bits: float = 0.0,
 ) -> dict[str, Tensor]:
     """Each loss by name, a scalar: the mean over the distinct routings of a forward.
 
@@ -125,7 +155,17 @@ def routing_losses(
     """
     distinct = list({id(routing): routing for routing in routings}.values())
     seen = [_observed(routing, mask, labels) for routing in distinct]
-    return {name: torch.stack([LOSSES[name](one) for one in seen]).mean() for name in names}
+    return {name: torch.stack([_value(name, one, over, free_bits) for one in seen]).mean() for name in names}
+
+
+def _value(name: str, observed: Observed, over: Over, free_bits: float) -> Tensor:
+    """One loss over the whole micro-batch, or its mean over sequences, weighted by their tokens."""
+    parts = observed.by_sequence() if over == "sequence" and name in OF_SHARES else [observed]
+    values = [LOSSES[name](part) for part in parts]
+    if name == "mutual_information" and free_bits:
+        values = [value.clamp_min(-free_bits * math.log(len(observed.load))) for value in values]
+    tokens = [len(part.log_p) for part in parts]
+    return sum((v * n for v, n in zip(values, tokens, strict=True)), observed.log_p.new_zeros(())) / max(sum(tokens), 1)
 
 
 def labels_of(tasks: Iterable[str] | None, expert_tasks: Sequence[Sequence[str]]) -> Tensor | None:
@@ -151,10 +191,9 @@ def _observed(routing: Routing, mask: Tensor | None, labels: Tensor | None) -> O
     if labels is not None:
         labels = (labels[:, None] if labels.dim() == 1 else labels.repeat_interleave(blocks, dim=1)).to(logits.device)
         labels = labels.expand(rows, length)[valid]
-    experts = logits.shape[-1]
     ids = logits.argmax(-1, keepdim=True) if chosen is None else chosen
     ids = ids.expand(rows, length, -1)[valid]
-    load = torch.bincount(ids[ids >= 0].flatten(), minlength=experts).to(logits.dtype)
-    flat, share = logits[valid], load / load.sum().clamp_min(1)
-    chances = None if chances is None else chances.expand(rows, length, experts)[valid]
-    return Observed(torch.log_softmax(flat, dim=-1), flat, share, labels, chances)
+    sequences = torch.arange(rows, device=logits.device)[:, None].expand(rows, length)[valid]
+    chances = None if chances is None else chances.expand(rows, length, logits.shape[-1])[valid]
+    flat = logits[valid]
+    return Observed(torch.log_softmax(flat, dim=-1), flat, ids, sequences, labels, chances)

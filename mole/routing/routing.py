@@ -23,6 +23,7 @@ class Routing:
     `predicted`  [1|B, 1|T, (Q,) E] what the routing log keeps where that is not `dense()` (X-LoRA logs its scalings
                  before top-k and before the global weight).
     `chances`    [1|B, 1|T, E] each expert's probability of being chosen under another draw of the noise, with graph.
+    `angles`     [1|B, 1|T, E] cosines of the tokens with the experts' prototypes, without graph, for statistics.
     `spread`     [1|B, 1|T, E] what `dense()` gives, where somebody made it already for many routings at once.
     """
 
@@ -31,6 +32,7 @@ class Routing:
     logits: Tensor | None = None
     predicted: Tensor | None = None
     chances: Tensor | None = None
+    angles: Tensor | None = None
     spread: Tensor | None = None
 
     def __post_init__(self):

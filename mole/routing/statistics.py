@@ -9,6 +9,8 @@ choices that fell on expert e (Σ f = 1; a dense routing chooses its largest wei
     max_violation      E max_e f_e − 1           usage               share of experts with f_e > 0
     effective_experts  exp H(P)                  weight_sum          mean_t Σ_e w_te
     margin             mean_t of the largest minus the second largest p_te
+    angle              mean_t max_e cos(x_t, v_e), angles mean_t of each, where routers have prototypes v_e
+    co_activation      share of the tokens for which two experts were chosen together, of the most frequent pairs
     p_correct          mean_t p_t,e* for tokens whose task one expert names; accuracy: that e* has the largest weight
 
 Sums stay on the device of the routing, in float32, until they are read.
@@ -19,7 +21,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -43,22 +45,26 @@ SCALARS = (
 )
 # An expert is dead with less than this part of its even share, a router collapsed below this many effective experts.
 DEAD, COLLAPSED = 0.01, 1.2
+PAIRS = 20  # of experts chosen together that are told: E² of them would fill the log
 
 
 @dataclass
 class Sums:
     """What one site's routings came to so far: tensors on its device. `counts` [E] choices, `p` [E] summed weights;
-    `scalars` [4]: tokens, Σ H(p_t), Σ margin, Σ Σ_e w; `labelled` [3]: tokens with a label, Σ p_t,e*, hits.
+    `scalars` [4]: tokens, Σ H(p_t), Σ margin, Σ Σ_e w; `labelled` [3]: tokens with a label, Σ p_t,e*, hits; `pairs`
+    [E, E] tokens that chose both, `angles` [E + 1] Σ max_e cos, Σ cos of each: empty [0] where there is no such thing.
     """
 
     counts: Tensor
     p: Tensor
     scalars: Tensor
     labelled: Tensor
+    pairs: Tensor
+    angles: Tensor
 
     def add(self, other: Sums) -> None:
         """Counts `other`, of the same device, in."""
-        for name in ("counts", "p", "scalars", "labelled"):
+        for name in (field.name for field in fields(self)):
             getattr(self, name).add_(getattr(other, name))
 
     def values(self, names: Sequence[str]) -> dict[str, Any]:
@@ -88,7 +94,19 @@ class Sums:
         labelled, correct, hits = self.labelled.tolist()
         if labelled:
             found |= {"p_correct": correct / labelled, "accuracy": hits / labelled}
+        if self.angles.numel():
+            nearest, *each = (self.angles / count).tolist()
+            found |= {"angle": nearest, "angles": dict(zip(names, each, strict=True))}
+        if self.pairs.numel():
+            found["co_activation"] = self._together(names, count)
         return found
+
+    def _together(self, names: Sequence[str], count: float) -> dict[str, float]:
+        """`one + other` → share of the tokens, the most frequent first."""
+        shares = torch.triu(self.pairs / count, diagonal=1)
+        most = shares.flatten().topk(min(PAIRS, len(names) * (len(names) - 1) // 2))
+        pairs = [(divmod(place, len(names)), share) for place, share in zip(*map(Tensor.tolist, most[::-1]), strict=True)]
+        return {f"{names[one]} + {names[other]}": share for (one, other), share in pairs if share > 0}
 
 
 def measured(routing: Routing, num_experts: int, mask: Tensor | None, labels: Tensor | None) -> Sums:
@@ -111,20 +129,31 @@ def measured(routing: Routing, num_experts: int, mask: Tensor | None, labels: Te
         per_token = torch.stack([torch.ones_like(margin), _entropy(p), margin, total[..., 0]])
         chosen = p.argmax(-1, keepdim=True) if ids is None else ids.expand_as(p)
         by_expert = _spread(p, ids, num_experts)
-        counts = torch.zeros(num_experts, device=weights.device)
         share = valid[..., None].expand(rows, length, chosen.shape[-1])
         used = chosen.expand(rows, length, -1)
-        counts.scatter_add_(0, used.clamp_min(0).flatten(), (share * (used >= 0)).flatten())
+        marks = torch.zeros(rows, length, num_experts, device=weights.device)
+        marks.scatter_add_(-1, used.clamp(0, num_experts - 1), share * ((used >= 0) & (used < num_experts)))
         labelled = torch.zeros(3, device=weights.device)
         if labels is not None and rows % len(labels) == 0:
             labels = labels.to(weights.device).repeat_interleave(rows // len(labels))
             labelled = _labelled(by_expert, valid, labels)
+        flat = (marks > 0).float().flatten(0, 1)
         return Sums(
-            counts=counts,
+            counts=marks.flatten(0, 1).sum(0),
             p=(by_expert * valid[..., None]).flatten(0, 1).sum(0),
             scalars=(per_token * valid).flatten(1).sum(1),
             labelled=labelled,
+            pairs=flat.T @ flat if chosen.shape[-1] > 1 else flat.new_zeros(0),
+            angles=_angles(routing, valid),
         )
+
+
+def _angles(routing: Routing, valid: Tensor) -> Tensor:
+    if routing.angles is None:
+        return valid.new_zeros(0)
+    angles = routing.angles.float()
+    told = torch.cat([angles.amax(-1, keepdim=True), angles], dim=-1)
+    return (told * valid[..., None]).flatten(0, 1).sum(0)
 
 
 def _entropy(p: Tensor) -> Tensor:
@@ -221,5 +250,6 @@ class RoutingStatistics:
 def _mean(by_site: Mapping[str, Mapping[str, Any]], name: str) -> Any:
     values = [row[name] for row in by_site.values() if name in row]
     if isinstance(values[0], dict):
-        return {key: sum(value[key] for value in values) / len(values) for key in values[0]}
+        keys = dict.fromkeys(key for value in values for key in value)
+        return {key: sum(value.get(key, 0.0) for value in values) / len(values) for key in keys}
     return sum(values) / len(values)

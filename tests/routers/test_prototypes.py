@@ -404,3 +404,10 @@ def test_prototypes_of_experts_that_stay_are_carried():
     new.carry(old)
     assert torch.equal(new.prototypes[1], v[1])
     assert new.present.tolist() == [False, True]
+
+
+def test_angles_are_there_for_who_records_and_only_then():
+    x, v = tokens(), torch.randn(3, D_IN, dtype=torch.float64)
+    made = prepared(PhatgooseRouter, PhatgooseConfig(), v)
+    assert made(x, Frame()).angles is None
+    torch.testing.assert_close(made(x, Frame(recording=True)).angles, made.angles(x))

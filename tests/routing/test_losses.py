@@ -127,3 +127,35 @@ def test_what_cannot_be_is_said():
         routing_losses(["z_loss"], [Routing(torch.ones(1, 1, 3))], None)
     with pytest.raises(ValueError, match="needs expert_labels"):
         routing_losses(["expert_label"], [routing(EVEN)], None)
+
+
+def test_over_sequences_each_row_is_balanced_by_itself():
+    """Two rows that each use one expert: balanced together, not apart."""
+    logits = torch.tensor([[[9.0, 0.0]] * 4, [[0.0, 9.0]] * 4])
+    made = routing(logits)
+    together = routing_losses(["load_balance", "mutual_information"], [made], None)
+    apart = routing_losses(["load_balance", "mutual_information"], [made], None, over="sequence")
+    rows = [routing_losses(["load_balance", "mutual_information"], [routing(row[None])], None) for row in logits]
+    assert together["load_balance"].item() == pytest.approx(1.0)
+    assert apart["load_balance"].item() == pytest.approx(2.0, abs=1e-3)
+    for name, value in apart.items():
+        assert value.item() == pytest.approx(sum(row[name].item() for row in rows) / 2)
+
+
+def test_sequences_weigh_as_many_tokens_as_are_valid_and_means_over_tokens_stay():
+    logits, mask = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([[1] * 4, [0, 0, 0, 1]])
+    names, made = ["importance_cv2", "z_loss"], routing(logits)
+    found = routing_losses(names, [made], mask, over="sequence")
+    whole = routing_losses(names, [routing(logits[:1])], None)["importance_cv2"]
+    short = routing_losses(names, [routing(logits[1:, 3:])], None)["importance_cv2"]
+    assert found["importance_cv2"].item() == pytest.approx((4 * whole.item() + short.item()) / 5)
+    assert found["z_loss"].item() == pytest.approx(routing_losses(names, [made], mask)["z_loss"].item())
+
+
+@pytest.mark.parametrize("share, pushes", [(0.0, True), (0.2, False), (0.9, True)])
+def test_free_bits_let_mutual_information_rest(share, pushes):
+    logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]], requires_grad=True)
+    found = routing_losses(["mutual_information"], [routing(logits)], None, free_bits=share)["mutual_information"]
+    found.backward()
+    assert bool(logits.grad.any()) is pushes
+    assert found.item() >= -(share or 1) * math.log(2) - 1e-6

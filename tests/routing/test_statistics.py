@@ -46,6 +46,14 @@ def naive(dense, mask, names, chosen):
     }
 
 
+def together(mask, names, chosen):
+    """`one + other` → share of the valid tokens that chose both."""
+    valid = [chosen(b, t) for b in range(mask.shape[0]) for t in range(mask.shape[1]) if mask[b, t]]
+    pairs = [(one, other) for one in range(len(names)) for other in range(one + 1, len(names))]
+    shares = {pair: sum(set(pair) <= set(found) for found in valid) / len(valid) for pair in pairs}
+    return {f"{names[one]} + {names[other]}": share for (one, other), share in shares.items() if share}
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_every_statistic_is_its_formula_over_the_valid_tokens(sparse):
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
@@ -59,6 +67,8 @@ def test_every_statistic_is_its_formula_over_the_valid_tokens(sparse):
         chosen = lambda b, t: [int(routing.weights[b, t].argmax())]  # noqa: E731
     found = measured(routing, 4, mask, None).values(NAMES)
     want = naive(routing.dense(4), mask, NAMES, chosen)
+    if sparse:
+        want["co_activation"] = together(mask, NAMES, chosen)
     assert found.keys() == want.keys()
     for name, value in want.items():
         assert found[name] == pytest.approx(value, abs=1e-6), name
@@ -72,6 +82,22 @@ def test_a_routing_for_whole_examples_counts_each_of_their_tokens():
     static = measured(Routing(torch.full((1, 1, 4), 0.25)), 4, mask, None).values(NAMES)
     assert static["entropy"] == pytest.approx(math.log(4))
     assert static["mutual_information"] == pytest.approx(0, abs=1e-6)
+
+
+def test_pairs_of_layers_are_averaged_also_where_one_layer_lacks_a_pair():
+    first = Routing(torch.tensor([[[0.5, 0.5]]]), torch.tensor([[[0, 1]]]))
+    second = Routing(torch.tensor([[[0.5, 0.5]]]), torch.tensor([[[2, 3]]]))
+    statistics = RoutingStatistics(("x", "y"), NAMES)
+    statistics.observe(frame_of(x=first, y=second), "train")
+    assert statistics.read()["router/co_activation"] == {"a + b": 0.5, "c + d": 0.5}
+
+
+def test_angles_are_the_cosines_with_the_prototypes_over_the_valid_tokens():
+    mask = torch.tensor([[1, 1, 0]])
+    angles = torch.tensor([[[0.5, -0.2], [0.1, 0.3], [1.0, 1.0]]])
+    found = measured(Routing(torch.full((1, 3, 2), 0.5), angles=angles), 2, mask, None).values(("a", "b"))
+    assert found["angle"] == pytest.approx((0.5 + 0.3) / 2)
+    assert found["angles"] == pytest.approx({"a": 0.3, "b": 0.05})
 
 
 def test_known_tasks_tell_how_often_the_router_is_right():
