@@ -77,6 +77,11 @@ class Card:
         """Bytes of all files."""
         return sum(row["size"] for row in self.files.values())
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether it was made of other experts by a merge."""
+        return any(row["relation"] == "merged" for row in self.derived_from)
+
     def to_dict(self) -> dict[str, Any]:
         """The card as plain data, as it stands in its file."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -220,6 +225,11 @@ def _sealed(card: dict[str, Any]) -> Card:
     if len(sealed.to_bytes()) > MAX_CARD_BYTES:
         raise LibraryError(f"card: more than {MAX_CARD_BYTES:,} bytes; shorten its texts or rows")
     return sealed
+
+
+def known_card(card: dict[str, Any]) -> Card:
+    """The card of plain data that was a checked card before; nothing is checked again."""
+    return _from_dict(card)
 
 
 def _from_dict(card: dict[str, Any]) -> Card:
