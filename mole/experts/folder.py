@@ -1,4 +1,4 @@
-"""An expert's folder on disk: its card, the files that the card lists, and nothing else.
+"""An expert's folder on disk, or an artefact's: its card, the files that the card lists, and nothing else.
 
 What is copied is hashed while it is copied; what is used is read once, and those bytes are hashed.
 """
@@ -8,55 +8,62 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
-from mole.experts.card import MAX_CARD_BYTES, Card, bytes_facts, file_facts, parse_card
+from mole.experts.backends.entries import EXPERTS, AnyCard, Entries
+from mole.experts.card import MAX_CARD_BYTES, bytes_facts, file_facts
 from mole.experts.errors import Damaged, Refused
 from mole.experts.readme import readme
-from mole.experts.schema import CARD_FILE, README_FILE
+from mole.experts.schema import README_FILE
 from mole.untrusted import MAX_WEIGHTS_BYTES, read_file, refuse_pickles, shown
 
 _MOST_ENTRIES = 66
 _CHUNK = 1 << 20
 
 
-def has_card(folder: str | Path) -> bool:
-    """Whether `folder` is an expert's."""
-    return (Path(folder) / CARD_FILE).is_file()
+def has_card(folder: str | Path, entries: Entries = EXPERTS) -> bool:
+    """Whether `folder` is an expert's (or whatever `entries` are)."""
+    return (Path(folder) / entries.card_file).is_file()
 
 
-def read_card(folder: str | Path) -> Card:
+def read_card(folder: str | Path, entries: Entries = EXPERTS) -> Any:
     """The card in an expert's folder. Raises FileNotFoundError or Damaged."""
-    return parse_card(read_file(Path(folder) / CARD_FILE, MAX_CARD_BYTES), str(folder))
+    return entries.parse(read_file(Path(folder) / entries.card_file, MAX_CARD_BYTES), str(folder))
 
 
-def write_card(card: Card, folder: str | Path) -> None:
+def write_card(card: AnyCard, folder: str | Path, entries: Entries = EXPERTS) -> None:
     """Write README.md, then the card: the card comes last, an expert exists when its card does."""
-    for name, data in ((README_FILE, readme(card).encode()), (CARD_FILE, card.to_bytes())):
+    pages = {README_FILE: readme(card).encode()} if entries.readme else {}  # type: ignore[arg-type]
+    for name, data in {**pages, entries.card_file: card.to_bytes()}.items():
         with (Path(folder) / name).open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
 
 
-def check_entries(folder: str | Path, card: Card) -> None:
-    """Raise Refused or Damaged if the folder has other entries than its card lists, or lacks one, or none is a file."""
+def check_entries(folder: str | Path, card: AnyCard, entries: Entries = EXPERTS) -> None:
+    """Raise Refused or Damaged if the folder has other files than its card lists, lacks one, or one is no file."""
     folder = Path(folder)
     names = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
+    with os.scandir(folder) as found:
+        for entry in found:
             names.append(entry.name)
             if len(names) > _MOST_ENTRIES:
-                raise Refused(f"{folder}: more than {_MOST_ENTRIES} entries; an expert's folder holds only its files")
+                raise Refused(
+                    f"{folder}: more than {_MOST_ENTRIES} entries; an {entries.what}'s folder holds only its files"
+                )
             if entry.is_symlink() or not entry.is_file(follow_symlinks=False):
                 raise Refused(f"{folder}: {shown(entry.name)} is not a regular file")
     refuse_pickles(names, str(folder))
-    for name in sorted(set(names) - set(card.files) - {CARD_FILE, README_FILE}):
-        raise Refused(f"{folder}: {shown(name)} is not listed in the card; an expert's folder holds only its files")
+    for name in sorted(set(names) - set(card.files) - {entries.card_file, README_FILE}):
+        raise Refused(
+            f"{folder}: {shown(name)} is not listed in the card; an {entries.what}'s folder holds only its files"
+        )
     for name in sorted(set(card.files) - set(names)):
         raise Damaged(f"{folder}: {name} is listed in the card and missing")
 
 
-def verified_files(folder: str | Path, card: Card) -> dict[str, bytes]:
+def verified_files(folder: str | Path, card: AnyCard) -> dict[str, bytes]:
     """The bytes of the card's files, each read once and equal to what the card says. Raises Damaged or Refused."""
     found = {}
     for name, wanted in card.files.items():
@@ -75,14 +82,14 @@ def verified_files(folder: str | Path, card: Card) -> dict[str, bytes]:
     return found
 
 
-def copy_files(folder: str | Path, target: Path, card: Card) -> None:
+def copy_files(folder: str | Path, target: Path, card: AnyCard, entries: Entries = EXPERTS) -> None:
     """Copy the card's files, then README and card, into the empty folder `target`; everything is on the disk after it.
 
     Raises Damaged if a file is not what the card says, Refused if one is no regular file of its own.
     """
     for name, wanted in card.files.items():
         _copy(Path(folder) / name, target / name, wanted)
-    write_card(card, target)
+    write_card(card, target, entries)
     sync(target)
 
 
@@ -107,14 +114,14 @@ def _copy(source: Path, target: Path, wanted: dict) -> None:
         raise _not_the_cards(source, size, wanted["size"])
 
 
-def check_content(folder: str | Path, card: Card) -> None:
+def check_content(folder: str | Path, card: AnyCard) -> None:
     """Raise Damaged if the bytes of a file are not what the card says."""
     for name, wanted in card.files.items():
         if file_facts(Path(folder) / name) != wanted:
             raise _not_the_cards(Path(folder) / name, (Path(folder) / name).stat().st_size, wanted["size"])
 
 
-def check_sizes(folder: str | Path, card: Card) -> None:
+def check_sizes(folder: str | Path, card: AnyCard) -> None:
     """Raise Damaged if a file is missing or has another size than the card says."""
     for name, wanted in card.files.items():
         path = Path(folder) / name

@@ -1,6 +1,7 @@
 """A library in a folder of this machine.
 
     <root>/<name>/…   .mole/lock   .mole/new-<uuid>/   .mole/old-<name>/   .mole/history/<name>/<revision>/
+    .mole/derived/    the same again, for artefacts
 
 The new folder is staged in `new-<uuid>` and swapped in under the lock: `<name>` → `old-<name>`, stage → `<name>`,
 `old-<name>` → history. Whoever takes the lock next repairs a swap that was cut short. For an instant within a swap the
@@ -14,21 +15,25 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from filelock import FileLock
 
 from mole.experts import folder as folders
 from mole.experts.address import library_path
-from mole.experts.card import MAX_CARD_BYTES, Card, parse_card
+from mole.experts.backends import local_garbage
+from mole.experts.backends.backend import Change, Garbage
+from mole.experts.backends.changes import check_changes, check_revision, note_written
+from mole.experts.backends.entries import ARTEFACTS, EXPERTS, Entries
+from mole.experts.card import MAX_CARD_BYTES
 from mole.experts.errors import Conflict, Damaged, LibraryError, NoLibrary, ReadOnly, Refused, UnknownExpert
-from mole.experts.names import check_name, is_name
-from mole.experts.schema import CARD_FILE
 from mole.registry import LIBRARIES, config_dataclass, unknown
-from mole.untrusted import read_file, shown
+from mole.untrusted import read_file
 
 ASIDE = ".mole"
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -38,11 +43,19 @@ _COPIES = 3
 class LocalBackend:
     """Only writing creates folders; the lock serves all processes of this machine, on a local file system."""
 
-    def __init__(self, path: str | Path) -> None:
+    after_removal = "in its .mole/history, until mole library gc keep=0 takes them"
+
+    def __init__(self, path: str | Path, *, entries: Entries = EXPERTS, within: LocalBackend | None = None) -> None:
         self.root = Path(path).expanduser().absolute()
         self.url = str(path)
+        self._entries = entries
+        self._within = within
         self._aside = self.root / ASIDE
         self._locks = {os.getpid(): FileLock(str(self._aside / "lock"))}
+
+    @cached_property
+    def derived(self) -> LocalBackend:
+        return LocalBackend(self._aside / "derived", entries=ARTEFACTS, within=self)
 
     @property
     def _lock(self) -> FileLock:
@@ -54,34 +67,64 @@ class LocalBackend:
 
     def exists(self) -> bool:
         """A library has `.mole/`, or, copied without it, at least one expert."""
-        if self._aside.is_dir():
-            return True
-        return self.root.is_dir() and any(
-            folders.has_card(entry) for entry in self.root.iterdir() if is_name(entry.name)
-        )
+        if self._within is not None:
+            return self._within.exists()
+        return self._aside.is_dir() or any(folders.has_card(place, self._entries) for place in self._places().values())
+
+    def head(self) -> None:
+        return None
 
     def cards(self) -> dict[str, str]:
         self._must_exist()
         with self._reading():  # or an expert in the middle of a swap would be missing
-            names = sorted(entry.name for entry in os.scandir(self.root) if is_name(entry.name))
-        return {name: _version(data) for name in names if (data := self._look(name)) is not None}
+            found = {name: self._token(place) for name, place in sorted(self._places().items())}
+        return {name: token for name, token in found.items() if token is not None}
 
-    def card(self, name: str, revision: str | None = None) -> tuple[Card, str]:
-        data = self._find(check_name(name), revision)[1]
-        return parse_card(data, f"{self.url}/{name}"), _version(data)
+    def _places(self) -> dict[str, Path]:
+        """Name → folder of what may be an entry; what a swap left aside counts, as long as its name is missing."""
+        places = {}
+        for folder, prefix in ((self._aside, "old-"), (self.root, "")):
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
+                for entry in found:
+                    name = entry.name.removeprefix(prefix)
+                    if entry.name.startswith(prefix) and self._entries.is_name(name) and not entry.is_symlink():
+                        places[name] = folder / entry.name
+        return places
 
-    def fetch(self, name: str, dest: Path, revision: str | None = None) -> Card:
+    def _token(self, place: Path) -> str | None:
+        try:
+            facts = os.stat(place / self._entries.card_file)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return f"{facts.st_ino}-{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ctime_ns}"
+
+    def card(self, name: str, revision: str | None = None) -> tuple[Any, str]:
+        data = self._find(self._entries.check_name(name), revision)[1]
+        return self._entries.parse(data, f"{self.url}/{name}"), _version(data)
+
+    def read_cards(self, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+        self._must_exist()
+        for name in names:
+            self._entries.check_name(name)
+            try:
+                data = self._look(name)[1]
+                if data is not None:
+                    yield name, self._entries.parse(data, f"{self.url}/{name}")
+            except LibraryError as error:
+                yield name, error
+
+    def fetch(self, name: str, dest: Path, revision: str | None = None) -> Any:
         for _ in range(_COPIES - 1):
             with suppress(Damaged, FileNotFoundError):  # a swap in the middle of the copy looks like damage
                 return self._fetch(name, dest, revision)
         with self._reading():  # or a busy writer could starve its readers
             return self._fetch(name, dest, revision)
 
-    def _fetch(self, name: str, dest: Path, revision: str | None) -> Card:
-        home, data = self._find(check_name(name), revision)
-        card = parse_card(data, f"{self.url}/{name}")
+    def _fetch(self, name: str, dest: Path, revision: str | None) -> Any:
+        home, data = self._find(self._entries.check_name(name), revision)
+        card = self._entries.parse(data, f"{self.url}/{name}")
         try:
-            folders.copy_files(home, dest, card)
+            folders.copy_files(home, dest, card, self._entries)
         except BaseException:
             for entry in dest.iterdir():
                 entry.unlink()
@@ -89,57 +132,97 @@ class LocalBackend:
         return card
 
     def publish(self, name: str, folder: Path, expect: str | None = None) -> str:
-        check_name(name)
-        card = folders.read_card(folder)
-        folders.check_entries(folder, card)
-        stage = self._aside / f"new-{uuid.uuid4().hex}"
+        (version,) = self._write([Change(name, folder, expect)])
+        return version
+
+    def remove(self, name: str, expect: str) -> None:
+        self._write([Change(name, None, expect)])
+
+    def apply(self, changes: Sequence[Change], message: str) -> None:
+        """As the contract says; all is staged first, and swapped in under one lock: `message` has no place here."""
+        self._write(changes)
+
+    def _write(self, changes: Sequence[Change]) -> list[str]:
+        """Make the changes and give the versions; that of a removal is empty."""
+        check_changes(changes, self._entries)
+        cards = [None if change.folder is None else self._card_of(change.folder) for change in changes]
+        if not any(cards):
+            self._must_exist()
+        stages = [self._aside / f"new-{uuid.uuid4().hex}" for _ in changes]
         with self._writing():
             self._prepare()
             try:
-                stage.mkdir()
-                folders.copy_files(folder, stage, card)
                 with self._locked():
-                    return self._swap(name, stage, card, expect)
+                    for change, card in zip(changes, cards, strict=True):
+                        self._there(change, card)  # what is going to fail fails before anything is copied
+                for change, card, stage in zip(changes, cards, stages, strict=True):
+                    if change.folder is not None:
+                        stage.mkdir()
+                        folders.copy_files(change.folder, stage, card, self._entries)
+                with self._locked():
+                    return self._swap_all(changes, cards, stages)
             finally:
-                shutil.rmtree(stage, ignore_errors=True)
+                for stage in stages:
+                    shutil.rmtree(stage, ignore_errors=True)
 
-    def _swap(self, name: str, stage: Path, card: Card, expect: str | None) -> str:
+    def _card_of(self, folder: Path) -> Any:
+        card = folders.read_card(folder, self._entries)
+        folders.check_entries(folder, card, self._entries)
+        return card
+
+    def _swap_all(self, changes: Sequence[Change], cards: Sequence[Any], stages: Sequence[Path]) -> list[str]:
+        there = [self._there(change, card) for change, card in zip(changes, cards, strict=True)]
+        written: list[str] = []
+        versions = []
+        try:
+            for change, card, stage, data in zip(changes, cards, stages, there, strict=True):
+                versions.append(self._swap(change.name, stage, card, data))
+                written.append(change.name)
+        except BaseException as error:
+            note_written(error, written, changes)
+            raise
+        return versions
+
+    def _there(self, change: Change, card: Any) -> bytes | None:
+        """The bytes of the card that is there. Raises Conflict, or Refused if a foreign folder has the name."""
+        home = self.root / change.name
+        there = self._read(home)
+        wanted = None if card is None else card.revision
+        if (there is None and card is None) or (there is not None and self._revision(there) == wanted):
+            return there  # the state asked for
+        self._must_be(change.name, there, change.expect)
+        if there is None and home.exists():
+            raise Refused(f"{home} is there and no {self._entries.what}; move it away")
+        return there
+
+    def _swap(self, name: str, stage: Path, card: Any, there: bytes | None) -> str:
         home, old = self.root / name, self._aside / f"old-{name}"
-        there = _read(home)
-        if there is not None and _revision(there) == card.revision:
+        if card is None:
+            if there is not None:
+                self._keep(name, home)
+                folders.sync(self.root)
+            return ""
+        if there is not None and self._revision(there) == card.revision:
             return _version(there)
-        self._must_be(name, there, expect)
         if there is not None:
             os.rename(home, old)
-        elif home.exists():
-            raise Refused(f"{home} is there and no expert; move it away")
         os.rename(stage, home)
         folders.sync(self.root)
         if there is not None:
             self._keep(name, old)
         return _version(card.to_bytes())
 
-    def remove(self, name: str, expect: str) -> None:
-        self._must_exist()
-        with self._writing(), self._locked():
-            there = _read(self.root / check_name(name))
-            if there is None:
-                return
-            self._must_be(name, there, expect)
-            self._keep(name, self.root / name)
-            folders.sync(self.root)
-
-    def verify(self, name: str, *, quick: bool = False) -> Card:
+    def verify(self, name: str, *, quick: bool = False) -> Any:
         for _ in range(_COPIES - 1):
             with suppress(Damaged, FileNotFoundError):
                 return self._verify(name, quick)
         with self._reading():
             return self._verify(name, quick)
 
-    def _verify(self, name: str, quick: bool) -> Card:
-        home, data = self._find(check_name(name), None)
-        card = parse_card(data, f"{self.url}/{name}")
-        folders.check_entries(home, card)
+    def _verify(self, name: str, quick: bool) -> Any:
+        home, data = self._find(self._entries.check_name(name), None)
+        card = self._entries.parse(data, f"{self.url}/{name}")
+        folders.check_entries(home, card, self._entries)
         folders.check_sizes(home, card)
         if not quick:
             folders.check_content(home, card)
@@ -147,49 +230,70 @@ class LocalBackend:
 
     def strays(self) -> list[str]:
         self._must_exist()
-        with self._reading():
+        with self._reading(), suppress(FileNotFoundError):
             return sorted(
                 entry.name
                 for entry in self.root.iterdir()
-                if entry.name != ASIDE and (not is_name(entry.name) or _read(entry) is None)
+                if entry.name != ASIDE and (not self._entries.is_name(entry.name) or self._read(entry) is None)
             )
+        return []
+
+    def collect(self, older_than: timedelta, keep: int, *, dry_run: bool) -> list[Garbage]:
+        self._must_exist()
+        if not self._aside.is_dir():
+            return []
+        if dry_run:
+            with self._reading():
+                return [row for _, row in local_garbage.garbage(self._aside, older_than, keep)]
+        with self._writing():
+            with self._locked():
+                found = list(local_garbage.garbage(self._aside, older_than, keep))
+                dead = local_garbage.moved_away([path for path, _ in found], self._aside)
+            for path in dead:
+                shutil.rmtree(path)
+        return [row for _, row in found]
 
     def _find(self, name: str, revision: str | None) -> tuple[Path, bytes]:
         """The folder and the card's bytes of an expert, or of the one old revision that starts with `revision`."""
         self._must_exist()
-        home = self.root / name
-        data = self._look(name)
-        if data is None and (self._aside / f"old-{name}").is_dir():  # cut short, on a medium that cannot be repaired
-            home = self._aside / f"old-{name}"
-            data = _read(home)
+        home, data = self._look(name)
         if revision is None:
             if data is None:
-                raise UnknownExpert(f"{self.url}: {unknown('expert', name, self.cards())}")
+                raise UnknownExpert(f"{self.url}: {unknown(self._entries.what, name, self.cards())}")
             return home, data
-        found = {path.name: path for path in (self._aside / "history" / name).glob(f"{_hex(revision)}*")}
-        if data is not None and (current := parse_card(data, f"{self.url}/{name}")).revision.startswith(revision):
-            found[current.revision] = home
+        history = self._aside / "history" / name
+        found = {path.name: path for path in history.glob(f"{check_revision(revision)}*")}
+        current = None if data is None else self._revision(data)
+        if current is not None and current.startswith(revision):
+            found[current] = home
         if len(found) != 1:
-            kept = sorted(path.name[:8] for path in (self._aside / "history" / name).glob("*"))
+            kept = sorted(path.name[:8] for path in history.glob("*"))
             what = "no" if not found else "more than one"
             raise UnknownExpert(f"{self.url}/{name}: {what} revision starts with {revision} (old ones: {kept})")
         (home,) = found.values()
-        old = _read(home)
+        old = self._read(home)
         if old is None:
             raise Damaged(f"{home}: the card of this old revision is missing")
         return home, old
 
-    def _look(self, name: str) -> bytes | None:
-        """The card's bytes; absence is believed only under the lock: it may be the middle of a swap."""
-        data = _read(self.root / name)
+    def _look(self, name: str) -> tuple[Path, bytes | None]:
+        """Folder and card's bytes; absence is believed only under the lock: it may be the middle of a swap."""
+        home = self.root / name
+        data = self._read(home)
         if data is None:
             with self._reading():
-                data = _read(self.root / name)
-        return data
+                data = self._read(home)
+                if data is None:  # a swap cut short, on a medium that cannot be repaired
+                    old = self._aside / f"old-{name}"
+                    data = self._read(old)
+                    home = home if data is None else old
+        return home, data
 
     def _must_exist(self) -> None:
         if self.exists():
             return
+        if self._within is not None:
+            self._within._must_exist()
         if folders.has_card(self.root):
             raise NoLibrary(f"{self.url} is an expert's folder; its library may be {self.root.parent}")
         what = "is there and no library" if self.root.exists() else "does not exist"
@@ -201,12 +305,14 @@ class LocalBackend:
             return
         if there is None:
             raise Conflict(f"{self.url}/{name} was removed by somebody else meanwhile")
-        revision = _revision(there)
+        revision = self._revision(there)
         at = f"at revision {revision[:8]}" if revision else "damaged"
         raise Conflict(f"{self.url}/{name} is there, {at}" + (", changed meanwhile" if expect else ""), revision)
 
     def check_writable(self) -> None:
         """Raise NoLibrary or ReadOnly if an expert could not be published here. Writes nothing."""
+        if self._within is not None:
+            self._within.check_writable()
         if self.root.exists() and not self.root.is_dir():
             raise NoLibrary(f"{self.url} is a file, not a folder")
         if self.root.is_dir() and any(self.root.iterdir()) and not self.exists():
@@ -222,7 +328,7 @@ class LocalBackend:
 
     def _keep(self, name: str, folder: Path) -> None:
         """Move a revision that is current no longer into the history; one that is there already was the same."""
-        revision = _revision(_read(folder) or b"") or f"damaged-{uuid.uuid4().hex}"
+        revision = self._revision(self._read(folder) or b"") or f"damaged-{uuid.uuid4().hex}"
         place = self._aside / "history" / name / revision
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.exists():
@@ -240,6 +346,22 @@ class LocalBackend:
             else:
                 os.rename(old, self.root / name)
                 folders.sync(self.root)
+
+    def _read(self, folder: Path) -> bytes | None:
+        """The card's bytes; None if `folder` is no entry's folder of its own (a link leads out of the library)."""
+        if folder.is_symlink():
+            return None
+        try:
+            return read_file(folder / self._entries.card_file, MAX_CARD_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def _revision(self, data: bytes) -> str | None:
+        """The revision of a card; None if the card is damaged."""
+        try:
+            return self._entries.parse(data, self._entries.card_file).revision
+        except Damaged:
+            return None
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -274,32 +396,8 @@ class LocalBackend:
             raise
 
 
-def _read(folder: Path) -> bytes | None:
-    """The card's bytes; None if `folder` is no expert's folder of its own (a link leads out of the library)."""
-    if folder.is_symlink():
-        return None
-    try:
-        return read_file(folder / CARD_FILE, MAX_CARD_BYTES)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
 def _version(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _revision(data: bytes) -> str | None:
-    """The revision of a card; None if the card is damaged."""
-    try:
-        return parse_card(data, CARD_FILE).revision
-    except Damaged:
-        return None
-
-
-def _hex(revision: str) -> str:
-    if not (8 <= len(revision) <= 64 and set(revision) <= set("0123456789abcdef")):
-        raise LibraryError(f"revision {shown(revision)}: 8 to 64 small hexadecimal digits are wanted")
-    return revision
 
 
 @config_dataclass
