@@ -2,7 +2,7 @@
 
 from mole.untrusted import Damaged, LibraryError, Refused
 
-__all__ = ["Conflict", "Damaged", "LibraryError", "NoLibrary", "ReadOnly", "Refused", "UnknownExpert"]
+__all__ = ["Conflict", "Damaged", "LibraryError", "NoLibrary", "ReadOnly", "Refused", "UnknownExpert", "Unreachable"]
 
 
 class NoLibrary(LibraryError):
@@ -25,6 +25,13 @@ class Conflict(LibraryError):
 
     def __reduce__(self):
         return type(self), (self.args[0], self.revision)
+
+
+class Unreachable(LibraryError):
+    """The place of the library does not answer, also when asked again, or answers with an error of its own.
+
+    Its cause is the scrubbed text of what went wrong: a client's own error carries the request, and so the token.
+    """
 
 
 class ReadOnly(LibraryError):
