@@ -91,8 +91,7 @@ def chosen(cards: Mapping[str, Card], names: tuple[str, ...] | None) -> tuple[li
         if len(set(names)) < len(names):
             raise ValueError(f"experts: {', '.join(names)} names one twice")
     adapters = [name for name, card in cards.items() if card.kind == "adapter"]
-    made = {name for name in adapters if any(row["relation"] == "merged" for row in cards[name].derived_from)}
-    found = list(names) if names is not None else [name for name in adapters if name not in made]
+    found = list(names) if names is not None else [name for name in adapters if not cards[name].is_merged]
     if not found:
         raise ValueError("there is no expert to merge: add some with mole train-expert, or name them in experts=[…]")
     return found, [name for name in adapters if name not in found] if names is None else []

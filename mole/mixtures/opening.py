@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from mole.mixtures.model import MultiExpertModel
 from mole.registry import unknown
 from mole.routers import UniformConfig
 
+logger = logging.getLogger(__name__)
+
 
 def open_model(place: str, backbone: Backbone, *, allow_other_backbone: bool = False) -> MultiExpertModel:
     """The model at `place` on `backbone`, in eval mode: a mixture as it was saved, an expert as a mixture of one.
@@ -27,7 +30,8 @@ def open_model(place: str, backbone: Backbone, *, allow_other_backbone: bool = F
     if (mixture := _mixture_in(folder)) is not None:
         return load_mixture(mixture, backbone, allow_other_backbone=allow_other_backbone)
     if _is_library(folder):
-        experts = experts_of(ExpertLibrary.open(place), None)
+        library = ExpertLibrary.open(place)
+        experts = experts_of(library, [name for name, card in library.cards().items() if card.kind == "adapter"])
     else:
         expert = load_expert(place)
         experts = {expert.card.tasks[0] if expert.card.tasks else "expert": expert}
@@ -52,11 +56,18 @@ def _mixture_in(folder: Path) -> Path | None:
 
 
 def experts_of(library: ExpertLibrary, names: Iterable[str] | None) -> dict[str, Expert]:
-    """Name → expert, in the order given; all adapters of the library by name if `names` is None.
+    """Name → expert, in the order given; if `names` is None all adapters of the library by name but for merged ones,
+    whose parts are there already.
 
     Raises ValueError for an empty library, and for a name that it does not have.
     """
-    wanted = list(names) if names is not None else [n for n, card in library.cards().items() if card.kind == "adapter"]
+    if names is None:
+        adapters = {name: card for name, card in library.cards().items() if card.kind == "adapter"}
+        wanted = [name for name, card in adapters.items() if not card.is_merged]
+        if merged := [name for name, card in adapters.items() if card.is_merged]:
+            logger.info("left out, as merged themselves: %s; experts=[…] takes them in", ", ".join(merged))
+    else:
+        wanted = list(names)
     if not wanted:
         raise ValueError(
             f"the library {library.url} has no experts: add some with mole train-expert library={library.url}"

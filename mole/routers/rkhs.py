@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mole.registry import ROUTERS, config_dataclass
 from mole.routers.base import Combining, Learning, MixtureShape, Placing, Router, dropped
@@ -60,7 +61,12 @@ class RkhsRouter(Router):
     def scores(self, x: Tensor) -> Tensor:
         """z: [B, T, d_in] → [B, T, E]."""
         experts = self.of_experts(at_least_float32(self.keys))
-        return self.of_tokens(x) @ experts.T / self.config.temperature
+        if not self.training:
+            return self.of_tokens(x) @ experts.T / self.config.temperature
+        # ⟨W x + b, u⟩ = ⟨x, Wᵀu⟩ + ⟨b, u⟩: no token is brought to the common space, which is wider than there are
+        # experts, nor kept there for backward. A single token, as in generation, is cheaper the other way.
+        weight, bias = self.of_tokens.weight.to(experts.dtype), self.of_tokens.bias.to(experts.dtype)
+        return F.linear(x.to(experts.dtype), experts @ weight, experts @ bias) / self.config.temperature
 
     def forward(self, x: Tensor | None, frame: Frame) -> Routing:
         """`x` [B, T, d_in] → weights [B, T, K] with expert ids, or dense [B, T, E] if all are kept."""

@@ -105,7 +105,9 @@ class Sums:
         """`one + other` → share of the tokens, the most frequent first."""
         shares = torch.triu(self.pairs / count, diagonal=1)
         most = shares.flatten().topk(min(PAIRS, len(names) * (len(names) - 1) // 2))
-        pairs = [(divmod(place, len(names)), share) for place, share in zip(*map(Tensor.tolist, most[::-1]), strict=True)]
+        pairs = [
+            (divmod(place, len(names)), share) for place, share in zip(*map(Tensor.tolist, most[::-1]), strict=True)
+        ]
         return {f"{names[one]} + {names[other]}": share for (one, other), share in pairs if share > 0}
 
 

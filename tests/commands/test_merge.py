@@ -94,6 +94,8 @@ def test_what_was_merged_itself_is_left_out_unless_it_is_named(library, tmp_path
     mole(*merge, "name=two", f"run.folder={tmp_path / 'two'}")
     assert "left out, as merged themselves: one" in capsys.readouterr().out
     mole(*merge, "name=three", "experts=[one,reverse]", f"run.folder={tmp_path / 'three'}")
+    assert list(experts_of(ExpertLibrary.open(str(library)), None)) == ["reverse", "shouting"]
+    assert list(experts_of(ExpertLibrary.open(str(library)), ["one", "reverse"])) == ["one", "reverse"]
     cards = ExpertLibrary.open(str(library)).cards()
     assert [[row["name"] for row in cards[name].derived_from] for name in ("one", "two", "three")] == [
         ["reverse", "shouting"],

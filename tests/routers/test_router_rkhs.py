@@ -38,3 +38,19 @@ def test_other_experts_leave_the_scores_of_those_that_stay_as_they_are():
 def test_more_experts_than_there_are_is_refused():
     with pytest.raises(ValueError, match="router.top_k=5 with 4 experts"):
         build(RkhsRouter, RkhsConfig(top_k=5), shape(4))
+
+
+def test_training_brings_no_token_to_the_common_space_and_gives_the_same_scores_and_gradients():
+    router, kept = build(RkhsRouter, RkhsConfig(rkhs_dim=700, emb_dim=4), shape(3)).double(), []
+    x = inputs(2, 50, DIM, dtype=torch.float64)
+    found = {}
+    for training in (False, True):
+        router.train(training).zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            logits = router(x, frame()).logits
+        logits.square().sum().backward()
+        found[training] = (logits.detach(), *(p.grad.clone() for p in router.parameters()))
+        large, kept = max(kept), []
+        assert (large >= 100 * 700) is not training
+    for one, other in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(one, other)

@@ -143,7 +143,10 @@ def test_over_sequences_each_row_is_balanced_by_itself():
 
 
 def test_sequences_weigh_as_many_tokens_as_are_valid_and_means_over_tokens_stay():
-    logits, mask = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([[1] * 4, [0, 0, 0, 1]])
+    logits, mask = (
+        torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([[1] * 4, [0, 0, 0, 1]]),
+    )
     names, made = ["importance_cv2", "z_loss"], routing(logits)
     found = routing_losses(names, [made], mask, over="sequence")
     whole = routing_losses(names, [routing(logits[:1])], None)["importance_cv2"]
