@@ -29,7 +29,7 @@ def test_a_folder_is_a_library(address, path):
         ("lib/../../x", "write where it leads"),
         ("https://hub.example/user/repo", "web address"),
         ("ftp://x/y", "unknown kind of library"),
-        ("s3://bucket/x", "unknown kind of library"),
+        ("s3://bucket/x", "no folder; write library=s3"),
         ("file://user:word@host/x", "no user, password"),
         ("file:///x?sig=abc", "no user, password"),
         ("file:///x#y", "no user, password"),
