@@ -12,10 +12,12 @@ from pydantic import Field
 from mole import adapters, backbones, data, merging
 from mole.adapters import Adapter
 from mole.backbones import Backbone
+from mole.commands import publishing
+from mole.commands.publishing import Goal
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
 from mole.data import DataSplits, Sample
-from mole.evaluation import Validation, check_reloaded, nearest_experts
+from mole.evaluation import HIGHER_IS_BETTER, Validation, check_reloaded, exact_match, nearest_experts
 from mole.experts import Expert, ExpertLibrary, check_backbone, check_name, describe, load_expert
 from mole.mixtures import experts_of
 from mole.registry import ADAPTERS, BACKBONES, DATASETS, LIBRARIES, OPTIMIZERS, SCHEDULES, TRACKERS, config_dataclass
@@ -50,6 +52,9 @@ class TrainExpert:
     tags: tuple[str, ...] = ()
     license: str | None = None
     description: str = ""
+    message: str | None = None
+    publish: Literal["always", "if-better"] = "always"
+    metric: Literal["loss", "exact_match"] = "loss"
     allow_other_backbone: bool = False
     seed: int = 0
     run: RunConfig
@@ -64,18 +69,25 @@ class TrainExpert:
             problems.append("start_library and start_experts need start=nearest or start=mean")
         if self.start != "new" and self.expert is not None:
             problems.append(f"expert and start={self.start} are both given: choose one start")
+        if self.publish != "always" and (self.expert is None or self.library is None):
+            problems.append(
+                f"publish={self.publish} compares with the expert that is trained further: it needs "
+                "expert=<library>/<name> and library=<library>"
+            )
+        if self.metric != "loss" and self.publish == "always":
+            problems.append("metric says what publish=if-better compares: set both or neither")
         if problems:
             raise ValueError("; ".join(problems))
 
 
 def run(config: TrainExpert) -> float | None:
-    """Trains, keeps the best weights as `expert/`, checks what was written, adds it to the library if one is named.
+    """Trains, keeps the best weights as `expert/`, checks what was written, publishes it if a library is named.
 
     Returns the best validation score; None without validation data.
     """
     run = RunFolder(config.run.folder)
-    library = _library_with_room(config)
-    candidates = _candidates(config)
+    goal = publishing.goal(config, run)
+    candidates = _candidates(config, goal)
     accelerator = make_accelerator(config.training, backbones.resolve_device(config.backbone.device))
     backbone = backbones.load(config.backbone)
     for expert in candidates.values():
@@ -84,12 +96,17 @@ def run(config: TrainExpert) -> float | None:
         chosen_datasets(config), backbone.tokenizer, seed=config.seed, context_length=backbone.context_length
     )
     train, held_out = (data.joined(datasets.values(), split) for split in ("train", "validation"))
+    if config.publish == "if-better" and not held_out:
+        raise ValueError("publish=if-better compares on validation samples, and there are none: hold some out")
     collate = partial(data.collate, pad_token_id=backbone.tokenizer.pad_token_id)
     start = _start(config, backbone, candidates, train, collate)
     if start is None:
         adapters.attach(backbone.model, config.adapter, seed=seed_for("init", config.seed))
     else:
         adapters.attach_weights(backbone.model, start.adapter)
+    publishing.begin(goal, run)
+    validation = Validation(backbone.model, held_out, collate, config.training.batch_size) if held_out else None
+    before = _measured(config, backbone, validation) if config.publish == "if-better" else None
     result = fit(
         backbone.model,
         TrainingData(train, collate, lambda epoch: data.epoch_order(len(train), epoch, seed_for("data", config.seed))),
@@ -97,34 +114,36 @@ def run(config: TrainExpert) -> float | None:
         run,
         accelerator=accelerator,
         seed=config.seed,
-        evaluate=Validation(backbone.model, held_out, collate, config.training.batch_size) if held_out else None,
+        evaluate=validation,
         resume=config.run.resume == "auto",
     )
     if accelerator.is_main_process:
         adapter = adapters.extract(backbone.model)
-        expert = Expert(
-            describe(adapter, backbone, **_facts(config, datasets, result), **_origin(config, start)), adapter
-        )
+        after = None if before is None else _measured(config, backbone, validation)
+        facts = _facts(config, datasets, result, after)
+        card = describe(adapter, backbone, **facts, **_origin(config, goal, start))
+        message = config.message or (f"{result.steps} more steps" if goal and goal.base else "")
+        expert = publishing.following(Expert(card, adapter), goal, message)
         _keep(expert, config, run, backbone, collate(list(train[:4])))
-        if library is not None and not _is_there(library, config.name, expert):
-            library.add_expert(expert, expert_name=config.name)
         run.update(result=dataclasses.asdict(result), datasets={n: d.fingerprint for n, d in datasets.items()})
+        publishing.publish(goal, expert, run, against=_worse(config, before, after))
     return result.best_score
 
 
-def _library_with_room(config: TrainExpert) -> ExpertLibrary | None:
-    """The library that takes the expert: a taken name is found before hours of training, not after them."""
-    if config.library is None:
+def _measured(config: TrainExpert, backbone: Backbone, validation: Validation | None) -> float:
+    """`metric` of the model as it is, on all validation samples."""
+    assert validation is not None
+    if config.metric == "loss":
+        return validation(0)["validation_loss"]
+    samples, batch_size = validation.samples, config.training.batch_size
+    return exact_match(backbone.model, samples, backbone.tokenizer, batch_size=batch_size)
+
+
+def _worse(config: TrainExpert, before: float | None, after: float | None) -> str | None:
+    """Why the expert is not published: it is no better than what it started from. None: it is, or may be worse."""
+    if before is None or after is None or (after < before if config.metric == "loss" else after > before):
         return None
-    library = ExpertLibrary.open(config.library.url)
-    if config.run.resume == "never":
-        library.check_free(config.name)
-    return library
-
-
-def _is_there(library: ExpertLibrary, name: str, expert: Expert) -> bool:
-    """Whether a run that is resumed after it was killed at its very end has added its expert already."""
-    return library.exists() and name in library and library.card(name).content == expert.card.content
+    return f"{config.metric} {after:.6g} on the validation samples is no better than {before:.6g} at the start"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +155,10 @@ class Start:
     parents: dict[str, Expert]
 
 
-def _candidates(config: TrainExpert) -> dict[str, Expert]:
+def _candidates(config: TrainExpert, goal: Goal | None) -> dict[str, Expert]:
     """The experts that a run may start from; none for a new adapter."""
+    if goal is not None and goal.base is not None:
+        return {goal.name: goal.base}
     if config.expert is not None:
         return {config.name: load_expert(config.expert)}
     if config.start_library is None:
@@ -174,21 +195,23 @@ def _start(
     return Start(weights[name], "continued", {name: candidates[name]})
 
 
-def _origin(config: TrainExpert, start: Start | None) -> dict[str, Any]:
-    """What the card says of the start."""
+def _origin(config: TrainExpert, goal: Goal | None, start: Start | None) -> dict[str, Any]:
+    """What the card says of the start: where it comes from, and the licence that follows from it."""
     if start is None:
-        return {"derived_from": []}
-    place = config.start_library
+        return {"derived_from": [], "license": config.license}
+    place = goal.library.url if goal is not None and goal.base is not None else config.start_library
     source = place if place and "://" in place else None
     rows = [
         {"relation": start.relation, "source": source, "name": name, "revision": e.revision, "content": e.card.content}
         for name, e in start.parents.items()
     ]
-    return {"derived_from": rows[:256]}
+    return {"derived_from": rows[:256], **publishing.license_of(config, start.parents)}
 
 
-def _facts(config: TrainExpert, datasets: dict[str, DataSplits], result: FitResult) -> dict[str, Any]:
-    """What the card says of the training."""
+def _facts(
+    config: TrainExpert, datasets: dict[str, DataSplits], result: FitResult, after: float | None
+) -> dict[str, Any]:
+    """What the card says of the training; `after` is the metric that was compared, if one was."""
     tasks = config.tasks
     if tasks is None:
         tasks = tuple(dict.fromkeys(sample.task for splits in datasets.values() for sample in splits.train))
@@ -196,25 +219,24 @@ def _facts(config: TrainExpert, datasets: dict[str, DataSplits], result: FitResu
         {"name": name, "split": "train", "examples": len(splits.train), "sha256": splits.fingerprint}
         for name, splits in datasets.items()
     ]
-    scores = []
-    if "validation_loss" in result.metrics:
-        examples = sum(len(splits.validation or ()) for splits in datasets.values())
-        scores.append(
-            {
-                "metric": "loss",
-                "value": result.metrics["validation_loss"],
-                "task": tasks[0] if len(tasks) == 1 else None,
-                "dataset": "+".join(datasets),
-                "split": "validation",
-                "examples": examples,
-                "higher_is_better": False,
-                "config": None,
-            }
-        )
+    measured = {"loss": result.metrics["validation_loss"]} if "validation_loss" in result.metrics else {}
+    measured |= {} if after is None else {config.metric: after}
+    scores = [
+        {
+            "metric": metric,
+            "value": value,
+            "task": tasks[0] if len(tasks) == 1 else None,
+            "dataset": "+".join(datasets),
+            "split": "validation",
+            "examples": sum(len(splits.validation or ()) for splits in datasets.values()),
+            "higher_is_better": HIGHER_IS_BETTER[metric],
+            "config": None,
+        }
+        for metric, value in measured.items()
+    ]
     return {
         "tasks": tasks[:64],
         "tags": config.tags,
-        "license": config.license,
         "description": config.description,
         "data": rows,
         "training": {
