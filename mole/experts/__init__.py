@@ -4,16 +4,20 @@ Nothing here needs torch before weights are asked for.
 """
 
 from mole.experts.backends import Backend, LocalBackend, LocalConfig
+from mole.experts.batch import Batch
+from mole.experts.by_place import LocalExpertLibrary
 from mole.experts.card import BackboneRef, Card, check_backbone, make_card
 from mole.experts.errors import Conflict, Damaged, LibraryError, NoLibrary, ReadOnly, Refused, UnknownExpert
 from mole.experts.expert import Expert, describe, load_expert
 from mole.experts.folder import read_card, verified_files, write_card
-from mole.experts.library import ExpertLibrary, LocalExpertLibrary, Problem
+from mole.experts.library import ExpertLibrary
 from mole.experts.names import check_name, is_name, proposal
+from mole.experts.verifying import Problem
 
 __all__ = [
     "BackboneRef",
     "Backend",
+    "Batch",
     "Card",
     "Conflict",
     "Damaged",

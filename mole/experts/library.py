@@ -2,49 +2,69 @@
 
 from __future__ import annotations
 
-import logging
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from mole.experts import artefacts, collecting, copying, verifying
 from mole.experts.address import library_path
 from mole.experts.backends import Backend, LocalBackend
+from mole.experts.backends.backend import Garbage
+from mole.experts.batch import Batch, open_batch
 from mole.experts.card import Card
-from mole.experts.errors import Conflict, LibraryError, ReadOnly, UnknownExpert
-from mole.experts.expert import Expert, read_adapter
+from mole.experts.card_cache import CardCache
+from mole.experts.copying import Copied
+from mole.experts.errors import Conflict, ReadOnly, UnknownExpert
+from mole.experts.expert import Expert
+from mole.experts.expert_cache import ExpertCache, Limits
 from mole.experts.filters import keep
 from mole.experts.names import check_name
+from mole.experts.scores import Best, best_of, with_score
+from mole.experts.verifying import Problem
 from mole.registry import unknown
 from mole.untrusted import shown
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong in a library: at an expert, or at an entry that is none."""
-
-    name: str
-    text: str
-
 
 class ExpertLibrary:
-    """Experts by name, always in the order of names. Constructors read and write nothing.
+    """Experts by name, always in the order of names. Constructors read and write nothing, and do no network.
 
-    `read_only` refuses every write. Errors are LibraryError and what derives from it.
+    `cache_dir` keeps cards, and experts that were fetched from elsewhere, for later processes; None: cards are kept in
+    memory only. `read_only` refuses every write. Errors are LibraryError and what derives from it.
     """
 
-    def __init__(self, backend: Backend, *, read_only: bool = False):
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        cache_dir: str | Path | None = None,
+        limits: Limits | None = None,
+        read_only: bool = False,
+    ):
         self.backend = backend
         self.read_only = read_only
+        self.cache_dir = Path(cache_dir) if cache_dir is not None else None
+        self._cards = CardCache(backend, self.cache_dir)
+        self._fetched = ExpertCache(backend, self.cache_dir, limits or Limits())
         self._seen: dict[str, str] = {}  # name → revision that this object has read last
 
     @classmethod
-    def open(cls, address: str, *, read_only: bool = False) -> ExpertLibrary:
-        """The library at an address: today the path of a folder, or `file:///folder`."""
-        return ExpertLibrary(LocalBackend(library_path(address)), read_only=read_only)
+    def open(
+        cls,
+        address: str,
+        *,
+        settings: Any = None,
+        cache_dir: str | Path | None = None,
+        limits: Limits | None = None,
+        read_only: bool = False,
+    ) -> ExpertLibrary:
+        """The library at an address: a folder, `hf://user/repo`, `s3://bucket/prefix`, `az://account/container`.
+
+        `settings` are the variant of the `library` config group that fits (region, endpoint …), None for its defaults.
+        """
+        return ExpertLibrary(
+            LocalBackend(library_path(address)), cache_dir=cache_dir, limits=limits, read_only=read_only
+        )
 
     @property
     def url(self) -> str:
@@ -52,7 +72,7 @@ class ExpertLibrary:
         return self.backend.url
 
     def __repr__(self) -> str:
-        return f"ExpertLibrary({self.url!r})"
+        return f"{type(self).__name__}({self.url!r})"
 
     def exists(self) -> bool:
         """Whether there is a library at the address; adding an expert makes one."""
@@ -60,16 +80,16 @@ class ExpertLibrary:
 
     def names(self) -> list[str]:
         """Names of all experts. Raises NoLibrary."""
-        return list(self.backend.cards())
+        return self._cards.names()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
     def __len__(self) -> int:
-        return len(self.backend.cards())
+        return len(self.names())
 
     def __contains__(self, name: object) -> bool:
-        return name in self.backend.cards()
+        return name in self.names()
 
     def __getitem__(self, name: str) -> Expert:
         return self.get_expert(name)
@@ -78,49 +98,66 @@ class ExpertLibrary:
         """The card of one expert, or of an old revision of it (its first 8 to 64 digits)."""
         card, _ = self.backend.card(name, revision)
         if revision is None:
-            self._seen[name] = card.revision
+            self.saw(name, card)
         return card
 
     def cards(self, where: Mapping[str, Any] | None = None) -> dict[str, Card]:
-        """Name → card of every expert, or of those that `where` keeps (see `filters`). Raises if it keeps none."""
-        cards = {}
-        for name in self.names():
-            try:
-                cards[name] = self.card(name)
-            except UnknownExpert:  # removed since the listing
-                continue
+        """Name → card of every expert, or of those that `where` keeps (see `filters`).
+
+        Raises Damaged for the first card that is, LibraryError if `where` keeps none.
+        """
+        cards, problems = self.look()
+        if problems:
+            raise problems[min(problems)]
         return keep(cards, where) if where else cards
+
+    def look(self) -> tuple[dict[str, Card], dict[str, Exception]]:
+        """Name → card of all that are sound, and name → error of the others."""
+        found = self._cards.read()
+        cards = {name: card for name, card in found.items() if isinstance(card, Card)}
+        for name, card in cards.items():
+            self.saw(name, card)
+        return cards, {name: error for name, error in found.items() if isinstance(error, Exception)}
 
     def get_expert(self, name: str, revision: str | None = None) -> Expert:
         """One expert: its card now, its weights, verified, when they are asked for."""
-        card = self.card(name, revision)
-        return Expert(card, fetch=lambda dest: self.backend.fetch(name, dest, card.revision))
+        return self.expert_of(name, self.card(name, revision))
+
+    def expert_of(self, name: str, card: Card) -> Expert:
+        """The expert whose card, read from this library before, is `card`."""
+        return Expert(card, fetch=lambda dest: self._fetched.fetch(name, dest, card))
 
     def check_free(self, name: str) -> None:
         """Raise LibraryError if no expert can be added under `name`: not a valid name, taken, or not to be written."""
         check_name(name)
-        self._may_write()
-        self.backend.check_writable()
+        self.check_writable()
         if self.exists():
             try:
                 card = self.card(name)
             except UnknownExpert:
                 return
-            raise self._taken(name, card.revision)
+            raise self.taken(name, card.revision)
+
+    def check_writable(self) -> None:
+        """Raise ReadOnly or NoLibrary if nothing could be written here. Writes nothing."""
+        self._may_write()
+        self.backend.check_writable()
+
+    def batch(self, message: str = "", *, readme: Any = None) -> AbstractContextManager[Batch]:
+        """Changes that are made together when the `with` block ends, none of them if it raises.
+
+        On the Hub they are one commit with `message` as its title; elsewhere each expert is whole by itself.
+        """
+        self._may_write()
+        return open_batch(self, message, readme)
 
     def add_expert(self, expert: Expert, expert_name: str, *, message: str | None = None) -> Card:
         """Publish an expert under a free name. The same revision again is no change. Returns the card as published.
 
         Raises Conflict if the name is taken by another revision.
         """
-        self._may_write()
-        check_name(expert_name)
-        card = expert.card if message is None else expert.card.edited(message=message)
-        try:
-            self._publish(expert_name, expert.with_card(card), expect=None)
-        except Conflict as error:
-            raise self._taken(expert_name, error.revision) from None
-        return card
+        with self.batch() as batch:
+            return batch.add_expert(expert, expert_name, message=message)
 
     def update_expert(self, name: str, expert: Expert, *, expect: str | None = None, message: str = "") -> Card:
         """Put another revision in the place of the one that is there, which becomes the newest of its history.
@@ -128,21 +165,33 @@ class ExpertLibrary:
         `expect` is the revision that is to be replaced; by default the one that this object read last, else the current
         one. Raises Conflict if the name is at another one. Returns the card as published.
         """
-        self._may_write()
-        current, version = self._expected(name, expect)
-        if expert.revision == current.revision:
-            return current
-        card = expert.card.next_after(current, message or expert.card.message)
-        self._publish(name, expert.with_card(card), expect=version)
-        return card
+        with self.batch() as batch:
+            return batch.update_expert(name, expert, expect=expect, message=message)
+
+    def edit_card(self, name: str, *, expect: str | None = None, message: str = "", **facts: Any) -> Card:
+        """Change facts of a card: tasks, tags, description, license, author, data, training, scores, extra.
+
+        The weights stay. `expect` as in `update_expert`. Returns the card as published.
+        """
+        with self.batch() as batch:
+            return batch.edit_card(name, expect=expect, message=message, **facts)
+
+    def rename_expert(self, old: str, new: str, *, expect: str | None = None) -> Card:
+        """Give an expert another name, which must be free; card, history and artefacts stay its own."""
+        with self.batch() as batch:
+            return batch.rename_expert(old, new, expect=expect)
+
+    def restore_expert(self, name: str, revision: str, *, expect: str | None = None, message: str = "") -> Card:
+        """Put an old revision on top again, as a new revision; nothing is rewritten. Also for one that was removed."""
+        with self.batch() as batch:
+            return batch.restore_expert(name, revision, expect=expect, message=message)
 
     def remove_expert(self, name: str, *, expect: str | None = None) -> Card:
-        """Take an expert away. `expect` as in `update_expert`. Returns the card of what was removed."""
-        self._may_write()
-        current, version = self._expected(name, expect)
-        self.backend.remove(name, version)
-        self._seen.pop(name, None)
-        return current
+        """Take an expert away, and what was computed from it alone. `expect` as in `update_expert`. Gives its card."""
+        with self.batch() as batch:
+            card = batch.remove_expert(name, expect=expect)
+        artefacts.remove_orphans(self, {card.content})
+        return card
 
     def history(self, name: str) -> list[dict[str, Any]]:
         """The revisions of an expert, the current one first: revision, content, created, message."""
@@ -150,44 +199,111 @@ class ExpertLibrary:
         first = {key: getattr(card, key) for key in ("revision", "content", "created", "message")}
         return [first, *card.history]
 
+    def copy_from(
+        self,
+        other: ExpertLibrary,
+        names: Iterable[str] | None = None,
+        where: Mapping[str, Any] | None = None,
+        *,
+        on_conflict: copying.OnConflict = "fail",
+        dry_run: bool = False,
+        message: str = "",
+        readme: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Copied]:
+        """Make the experts of `other`, or those of them that are named or kept by `where`, be here as they are there.
+
+        What is equal costs nothing. Where both sides have other content and neither comes from the other, `on_conflict`
+        says what is done: "fail" (Conflict, and nothing is written), "skip", "replace". `readme`: also bring the page
+        about this library up to date. `progress` is told how many of how many experts are prepared. Returns what was
+        done with each name, or with `dry_run` what would be.
+        """
+        cards, problems = other.look() if names is None else other.named(names)
+        if problems:
+            raise problems[min(problems)]
+        chosen = keep(cards, where) if where else cards
+        plan = copying.plan(chosen, copying.cards_there(self), on_conflict)
+        if not dry_run:
+            copying.carry_out(plan, other, self, message=message, readme=readme, progress=progress)
+        return plan
+
+    def named(self, names: Iterable[str]) -> tuple[dict[str, Card], dict[str, Exception]]:
+        """As `look`, of the experts with these names. Raises UnknownExpert if there is none of a name."""
+        cards, problems = self.look()
+        wanted = list(dict.fromkeys(names))
+        for name in wanted:
+            if name not in cards and name not in problems:
+                raise UnknownExpert(f"{self.url}: {unknown('expert', name, {*cards, *problems})}")
+        return {n: cards[n] for n in wanted if n in cards}, {n: problems[n] for n in wanted if n in problems}
+
+    def diff(self, other: ExpertLibrary) -> list[copying.Difference]:
+        """In what the two libraries differ, by name; no weights are read."""
+        return copying.differences(self.cards(), other.cards())
+
     def verify(self, names: Iterable[str] | None = None, *, quick: bool = False) -> Iterator[Problem | str]:
         """Check every file against its card, every card against the schema, and what else lies there.
 
         Yields, as it goes, the name of each sound expert and a Problem for all else. `quick` looks at sizes only.
         Without `quick` the weights are also parsed and compared with the card's summary.
         """
-        known = self.names()
-        chosen = list(names) if names else known
-        for name in chosen:
-            if name not in known:
-                raise UnknownExpert(f"{self.url}: {unknown('expert', name, known)}")
-        for name in chosen:
-            yield self._verified(name, quick)
-        if not names:
-            for entry in self.backend.strays():
-                yield Problem(shown(entry), "no expert: it has no card, or a name that no expert can have")
+        return verifying.verify(self.backend, names, quick=quick)
 
-    def _verified(self, name: str, quick: bool) -> Problem | str:
-        try:
-            card = self.backend.verify(name, quick=quick)
-            if not quick and card.kind == "adapter":
-                with tempfile.TemporaryDirectory(prefix="mole-verify-") as place:
-                    self.backend.fetch(name, Path(place))
-                    read_adapter(place, card)
-        except LibraryError as error:
-            return Problem(name, str(error))
-        except OSError as error:
-            return Problem(name, f"cannot be read: {error.strerror or error}")
-        return name
+    def gc(self, older_than: str = "7d", keep: int = 3, *, dry_run: bool = True) -> list[Garbage]:
+        """What nothing needs any more, and is older than `older_than` (7d, 12h, 30m): taken away unless `dry_run`.
 
-    def _publish(self, name: str, expert: Expert, expect: str | None) -> None:
-        with tempfile.TemporaryDirectory(prefix="mole-publish-") as place:
-            expert.write_into(Path(place))
-            read_adapter(place, expert.card)
-            self.backend.publish(name, Path(place), expect)
-        self._seen[name] = expert.revision
+        Of each name `keep` old revisions stay. Artefacts go when what they were computed from is gone.
+        """
+        if not dry_run:
+            self._may_write()
+        return collecting.collect(self, older_than, keep, dry_run=dry_run)
 
-    def _expected(self, name: str, expect: str | None) -> tuple[Card, str]:
+    def artefact(
+        self,
+        names: str | Iterable[str],
+        kind: str,
+        config: Mapping[str, Any] | None = None,
+        compute: Callable[[], artefacts.Value] | None = None,
+        *,
+        code: int = 1,
+        backbone: str | None = None,
+        data: str | None = None,
+    ) -> artefacts.Value:
+        """What was computed from an expert (or several, in any order): stored beside them, by the digest of its making.
+
+        If it is not there `compute` makes it, tensors by name or plain data for JSON, and it is stored; without
+        `compute` UnknownExpert is raised. `code` is a number that is raised when the mathematics changes, `backbone`
+        and `data` are digests of what else was used. A library that cannot be written keeps it in `cache_dir`.
+        """
+        making = artefacts.Making(kind, code, dict(config or {}), artefacts.contents(self, names), backbone, data)
+        return artefacts.get(self, making, compute)
+
+    def artefacts(self, name: str | None = None, kind: str | None = None) -> list[artefacts.Stored]:
+        """The artefacts that are stored, of one expert or of all, of exactly this kind or of all."""
+        return artefacts.stored(self, name, kind)
+
+    def remove_artefacts(self, rows: Iterable[artefacts.Stored]) -> None:
+        """Take artefacts away that `artefacts` has told of."""
+        self._may_write()
+        artefacts.remove(self, rows)
+
+    def scores(self, name: str) -> tuple[dict[str, Any], ...]:
+        """The rows of scores in an expert's card."""
+        return self.card(name).scores
+
+    def add_score(self, name: str, row: Mapping[str, Any], *, expect: str | None = None) -> Card:
+        """Put a row of scores into the card, in the place of one of the same metric, task, split and config."""
+        card = self.card(name)
+        return self.edit_card(name, expect=expect or card.revision, scores=with_score(card.scores, row))
+
+    def best(self, task: str | None = None, *, metric: str, **group: Any) -> Best:
+        """The expert with the best score for a task, among rows of the same metric, split and config.
+
+        `split=` and `config=` choose where there are several such groups. Raises LibraryError if they are needed, or if
+        no expert has such a row.
+        """
+        return best_of(self.cards(), task, metric, **group)
+
+    def expected(self, name: str, expect: str | None) -> tuple[Card, str]:
         """The card and the version that a write has to find. Raises Conflict if another revision is there."""
         card, version = self.backend.card(name)
         wanted = expect or self._seen.get(name) or card.revision
@@ -199,11 +315,15 @@ class ExpertLibrary:
             )
         return card, version
 
-    def _may_write(self) -> None:
-        if self.read_only:
-            raise ReadOnly(f"{self.url} was opened read-only")
+    def saw(self, name: str, card: Card | None) -> None:
+        """Remember which revision was read or written last; None: the name is gone."""
+        if card is None:
+            self._seen.pop(name, None)
+        else:
+            self._seen[name] = card.revision
 
-    def _taken(self, name: str, revision: str | None) -> Conflict:
+    def taken(self, name: str, revision: str | None) -> Conflict:
+        """The error for a name that is not free."""
         at = f" (revision {revision[:8]})" if revision else ""
         return Conflict(
             f"expert {name!r} is taken in {self.url}{at}; choose another name (name=…), replace it with update_expert, "
@@ -211,11 +331,6 @@ class ExpertLibrary:
             revision,
         )
 
-
-class LocalExpertLibrary(ExpertLibrary):
-    """A library in a folder; with `create`, adding the first expert makes the folder."""
-
-    def __init__(self, path: str | Path, *, create: bool = True):
-        super().__init__(LocalBackend(path))
-        if not create:
-            self.names()
+    def _may_write(self) -> None:
+        if self.read_only:
+            raise ReadOnly(f"{self.url} was opened read-only")
