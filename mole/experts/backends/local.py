@@ -53,8 +53,12 @@ class LocalBackend:
         self._aside = self.root / ASIDE
         self._locks = {os.getpid(): FileLock(str(self._aside / "lock"))}
 
-    @cached_property
+    @property
     def derived(self) -> LocalBackend:
+        return self._derived
+
+    @cached_property
+    def _derived(self) -> LocalBackend:
         return LocalBackend(self._aside / "derived", entries=ARTEFACTS, within=self)
 
     @property
