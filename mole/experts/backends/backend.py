@@ -85,12 +85,17 @@ class Backend(Protocol):
         """Take an expert away. Raises Conflict, and changes nothing, if it is not at that version; ReadOnly."""
         ...
 
-    def apply(self, changes: Sequence[Change], message: str) -> None:
+    def apply(self, changes: Sequence[Change], message: str, *, readme: str | None = None) -> None:
         """Several changes; every `expect` is checked before the first is written.
 
-        On the Hub one commit (`message` is its title), all or nothing. Elsewhere each expert is whole by itself, in the
-        order given; an error then says in a note which were written.
+        On the Hub one commit (`message` is its title), all or nothing, and `readme` is the text of the repository's
+        page, written in the same commit (also without changes). Elsewhere each expert is whole by itself, in the order
+        given; an error then says in a note which were written; `readme` has no place there.
         """
+        ...
+
+    def readme(self) -> str | None:
+        """The text of the library's page; None if it has none, or this place has no pages."""
         ...
 
     def verify(self, name: str, *, quick: bool = False) -> Card:
