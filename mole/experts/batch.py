@@ -103,7 +103,7 @@ class Batch:
             _, version = self._library.expected(name, there.revision)
         self._put(action, name, expert, version)
 
-    def commit(self, message: str = "", readme: Any = None) -> None:
+    def commit(self, message: str = "", readme: str | None = None) -> None:
         """Make all changes; every `expect` is checked before the first is written. Called when the batch ends."""
         if not self._changes and readme is None:
             return
@@ -143,7 +143,7 @@ class Batch:
 
 
 @contextmanager
-def open_batch(library: ExpertLibrary, message: str = "", readme: Any = None) -> Iterator[Batch]:
+def open_batch(library: ExpertLibrary, message: str = "", readme: str | None = None) -> Iterator[Batch]:
     """A batch on `library`; `message` is the title of what is written, where the backend keeps one."""
     with tempfile.TemporaryDirectory(prefix="mole-batch-") as place:
         batch = Batch(library, Path(place))

@@ -99,7 +99,7 @@ def carry_out(
     target: ExpertLibrary,
     *,
     message: str = "",
-    readme: Any = None,
+    readme: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Copy what a plan says, in batches of whole experts; whoever changed one there meanwhile wins by Conflict.

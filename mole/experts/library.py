@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from mole.experts import artefacts, collecting, copying, verifying
-from mole.experts.address import library_path
-from mole.experts.backends import Backend, LocalBackend
+from mole.experts import artefacts, collecting, copying, library_readme, verifying
+from mole.experts.address import open_backend
+from mole.experts.backends import Backend
 from mole.experts.backends.backend import Garbage
 from mole.experts.batch import Batch, open_batch
 from mole.experts.card import Card
@@ -62,9 +62,7 @@ class ExpertLibrary:
 
         `settings` are the variant of the `library` config group that fits (region, endpoint …), None for its defaults.
         """
-        return ExpertLibrary(
-            LocalBackend(library_path(address)), cache_dir=cache_dir, limits=limits, read_only=read_only
-        )
+        return ExpertLibrary(open_backend(address, settings), cache_dir=cache_dir, limits=limits, read_only=read_only)
 
     @property
     def url(self) -> str:
@@ -143,7 +141,7 @@ class ExpertLibrary:
         self._may_write()
         self.backend.check_writable()
 
-    def batch(self, message: str = "", *, readme: Any = None) -> AbstractContextManager[Batch]:
+    def batch(self, message: str = "", *, readme: str | None = None) -> AbstractContextManager[Batch]:
         """Changes that are made together when the `with` block ends, none of them if it raises.
 
         On the Hub they are one commit with `message` as its title; elsewhere each expert is whole by itself.
@@ -222,9 +220,12 @@ class ExpertLibrary:
         if problems:
             raise problems[min(problems)]
         chosen = keep(cards, where) if where else cards
-        plan = copying.plan(chosen, copying.cards_there(self), on_conflict)
+        there = copying.cards_there(self)
+        plan = copying.plan(chosen, there, on_conflict)
         if not dry_run:
-            copying.carry_out(plan, other, self, message=message, readme=readme, progress=progress)
+            after = {**there, **{step.name: step.card for step in plan if step.action in copying.WRITTEN}}
+            page = library_readme.page_for(self.backend, after) if readme else None
+            copying.carry_out(plan, other, self, message=message, readme=page, progress=progress)
         return plan
 
     def named(self, names: Iterable[str]) -> tuple[dict[str, Card], dict[str, Exception]]:
