@@ -25,7 +25,7 @@ COLUMNS = [
     {"kernels", "routing"},
     {"backbones", "data"},
     {"config"},
-    {"log", "run_folder", "command", "host", "untrusted"},
+    {"log", "run_folder", "command", "host", "untrusted", "figure"},
     {"registry", "secrets"},
 ]
 PLACE = {part: index for index, column in enumerate(COLUMNS) for part in column}
