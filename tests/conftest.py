@@ -1,4 +1,4 @@
-"""What every test may count on: Ctrl-C, and mole's logger as a fresh process has it, whatever ran before."""
+"""What every test may count on: Ctrl-C, mole's logger as a fresh process has it, and a cache that is not the user's."""
 
 import logging
 import signal
@@ -8,6 +8,13 @@ import pytest
 # A shell that starts the suite in the background has it ignore Ctrl-C, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOLE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -203,7 +203,7 @@ def _kept(library: ExpertLibrary) -> tuple[Backend, ...]:
     """Where artefacts of a library that cannot be written are kept on this machine."""
     if library.cache_dir is None:
         return ()
-    return (LocalBackend(library_folder(library.cache_dir, library.url) / "derived", entries=ARTEFACTS),)
+    return (LocalBackend(library_folder(library.cache_dir, library.backend) / "derived", entries=ARTEFACTS),)
 
 
 def _read(place: Backend, making: Making) -> tuple[Value] | None:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mole.experts import artefacts
 from mole.experts.backends.backend import Change
 from mole.experts.card import Card
 from mole.experts.errors import Conflict, LibraryError, UnknownExpert
@@ -32,6 +33,7 @@ class Batch:
         self._changes: dict[str, Change] = {}
         self._told: dict[str, list[str]] = {}
         self._cards: dict[str, Card | None] = {}
+        self._gone: set[str] = set()  # contents of what is removed
 
     def __len__(self) -> int:
         return len(self._changes)
@@ -94,6 +96,7 @@ class Batch:
         current, version = self._library.expected(name, expect)
         self._remove(name, version)
         self._told.setdefault("remove", []).append(name)
+        self._gone.add(current.content)
         return current
 
     def put(self, action: str, name: str, expert: Expert, there: Card | None) -> None:
@@ -116,6 +119,8 @@ class Batch:
             raise
         for name, card in self._cards.items():
             self._library.saw(name, card)
+        if self._gone:
+            artefacts.remove_orphans(self._library, self._gone)
 
     def _put(self, action: str, name: str, expert: Expert, version: str | None, *, parse: bool = False) -> None:
         self._once(check_name(name))

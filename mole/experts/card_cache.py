@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mole.experts.backends.backend import Backend
+from mole.experts.backends import Backend, LocalBackend
 from mole.experts.card import Card, known_card
 from mole.experts.names import is_name
 
@@ -26,9 +26,14 @@ logger = logging.getLogger(__name__)
 _FORMAT = 1
 
 
-def library_folder(cache_dir: Path, url: str) -> Path:
+def address_of(backend: Backend) -> str:
+    """The address by which a library is known from wherever one stands: that of a folder is its whole path."""
+    return str(backend.root) if isinstance(backend, LocalBackend) else backend.url
+
+
+def library_folder(cache_dir: Path, backend: Backend) -> Path:
     """Where the cache keeps what it knows of one library."""
-    return cache_dir / "libraries" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    return cache_dir / "libraries" / hashlib.sha256(address_of(backend).encode()).hexdigest()[:16]
 
 
 class CardCache:
@@ -36,7 +41,7 @@ class CardCache:
 
     def __init__(self, backend: Backend, cache_dir: Path | None = None) -> None:
         self._backend = backend
-        self._file = None if cache_dir is None else library_folder(cache_dir, backend.url) / "cards.json"
+        self._file = None if cache_dir is None else library_folder(cache_dir, backend) / "cards.json"
         self._lock = threading.Lock()
         self._loaded = False
         self._head: str | None = None
@@ -81,7 +86,7 @@ class CardCache:
             return
         value = {
             "format": _FORMAT,
-            "url": self._backend.url,
+            "url": address_of(self._backend),
             "head": head,
             "cards": {name: [token, card.to_dict()] for name, (token, card) in rows.items()},
         }
@@ -100,7 +105,7 @@ class CardCache:
             logger.info("%s is damaged and not used; the cards are read again", self._file)
             return
         value: dict[str, Any] = json.loads(data)
-        if value.get("format") == _FORMAT and value.get("url") == self._backend.url:
+        if value.get("format") == _FORMAT and value.get("url") == address_of(self._backend):
             self._head = value["head"]
             self._rows = {n: (token, known_card(card)) for n, (token, card) in value["cards"].items() if is_name(n)}
 

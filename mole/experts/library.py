@@ -69,6 +69,11 @@ class ExpertLibrary:
         """The address."""
         return self.backend.url
 
+    @property
+    def after_removal(self) -> str:
+        """How long the bytes of a removed expert remain, as the end of a sentence."""
+        return self.backend.after_removal
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
@@ -187,9 +192,7 @@ class ExpertLibrary:
     def remove_expert(self, name: str, *, expect: str | None = None) -> Card:
         """Take an expert away, and what was computed from it alone. `expect` as in `update_expert`. Gives its card."""
         with self.batch() as batch:
-            card = batch.remove_expert(name, expect=expect)
-        artefacts.remove_orphans(self, {card.content})
-        return card
+            return batch.remove_expert(name, expect=expect)
 
     def history(self, name: str) -> list[dict[str, Any]]:
         """The revisions of an expert, the current one first: revision, content, created, message."""

@@ -16,6 +16,7 @@ from typing import Literal
 
 from mole.experts.backends import LocalBackend
 from mole.experts.card import Card
+from mole.experts.card_cache import address_of
 from mole.experts.copying import Action, Copied, cards_there, carry_out, comes_from
 from mole.experts.errors import LibraryError
 from mole.experts.library import ExpertLibrary
@@ -126,7 +127,7 @@ def _remove(side: _Side, names: Sequence[str]) -> None:
 def _state_file(one: ExpertLibrary, other: ExpertLibrary) -> Path:
     for library, far in ((one, other), (other, one)):
         if isinstance(library.backend, LocalBackend):
-            address = str(far.backend.root) if isinstance(far.backend, LocalBackend) else far.url
+            address = address_of(far.backend)
             if address == str(library.backend.root):
                 raise LibraryError(f"{one.url} and {other.url} are one library")
             return library.backend.root / ".mole" / "sync" / f"{hashlib.sha256(address.encode()).hexdigest()[:16]}.json"

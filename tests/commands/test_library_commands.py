@@ -90,7 +90,7 @@ def test_add_with_dry_run_checks_and_writes_nothing(mole, tmp_path):
         (("lib", "nowhere/x"), "no library there: nowhere does not exist"),
         (("lib", "expert-0", "tags=[No Tag]"), "tags[0]: must be a tag"),
         (("lib", "expert-0", "nme=x"), "did you mean name?"),
-        (("s3://bucket/x", "expert-0"), "unknown kind of library 's3://'"),
+        (("ftp://bucket/x", "expert-0"), "unknown kind of library 'ftp://'"),
         (("expert-0/expert.json", "expert-0"), "is a file"),
         (("lib",), "folder: required"),
     ],

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mole.experts import ExpertLibrary
+from mole.commands.library.opening import open_library
 from mole.registry import config_dataclass
 
 
@@ -19,7 +19,7 @@ class LibraryGet:
 
 def run(config: LibraryGet) -> None:
     """Writes the expert's folder, whole or not at all; prints one line."""
-    expert = ExpertLibrary.open(config.library).get_expert(config.name, config.revision)
+    expert = open_library(config.library).get_expert(config.name, config.revision)
     dest = Path(config.dest).expanduser()
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise FileExistsError(f"{dest} is there already and not empty; choose a new folder")

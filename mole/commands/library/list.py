@@ -1,30 +1,16 @@
 """`mole library list`: the experts of a library."""
 
 import sys
-from dataclasses import asdict, field
+from dataclasses import field
 from typing import Literal
 
 from pydantic import Field
 
+from mole.commands.library.opening import open_library
 from mole.commands.library.output import COLUMNS, cell, print_json, print_table, sort_key
-from mole.experts import Card, Damaged, ExpertLibrary, UnknownExpert
+from mole.commands.library.where import Where, conditions
 from mole.experts.filters import keep
 from mole.registry import config_dataclass
-
-Values = tuple[str, ...] | str | None
-
-
-@config_dataclass
-class Where:
-    """Which experts: values of one key are alternatives, keys are conditions; None: no condition."""
-
-    names: Values = None
-    backbone: Values = None
-    method: Values = None
-    tasks: Values = None
-    tags: Values = None
-    license: Values = None
-    kind: Values = None
 
 
 @config_dataclass
@@ -41,9 +27,11 @@ class LibraryList:
 
 def run(config: LibraryList) -> None:
     """Prints the experts; a damaged card is told on stderr and does not hide the others."""
-    library = ExpertLibrary.open(config.library)
-    cards = _cards(library)
-    where = {key: value for key, value in asdict(config.where).items() if value is not None}
+    library = open_library(config.library)
+    cards, problems = library.look()
+    for name in sorted(problems):
+        print(f"damaged: {problems[name]}", file=sys.stderr)
+    where = conditions(config.where)
     cards = keep(cards, where) if where else cards
     names = sorted(cards, key=lambda name: (*sort_key(config.sort, name, cards[name]), name))[: config.limit]
     if config.format == "json":
@@ -54,15 +42,3 @@ def run(config: LibraryList) -> None:
         print(f"{library.url} has no expert yet; mole library add {library.url} <expert folder> adds one")
     else:
         print_table(config.columns, [[cell(column, name, cards[name]) for column in config.columns] for name in names])
-
-
-def _cards(library: ExpertLibrary) -> dict[str, Card]:
-    cards = {}
-    for name in library.names():
-        try:
-            cards[name] = library.card(name)
-        except UnknownExpert:  # removed since the listing
-            continue
-        except Damaged as error:
-            print(f"damaged: {error}", file=sys.stderr)
-    return cards

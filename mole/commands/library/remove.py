@@ -4,6 +4,8 @@ import sys
 
 from pydantic import Field
 
+from mole.commands.library.done import Format, done, print_done
+from mole.commands.library.opening import open_library
 from mole.experts import ExpertLibrary, LibraryError, UnknownExpert
 from mole.registry import config_dataclass, unknown
 
@@ -17,6 +19,7 @@ class LibraryRemove:
     expect: str | None = None
     yes: bool = False
     dry_run: bool = False
+    format: Format = "table"
 
     def __post_init__(self) -> None:
         if self.expect is not None and len(self.names) > 1:
@@ -24,24 +27,31 @@ class LibraryRemove:
 
 
 def run(config: LibraryRemove) -> None:
-    """Removes the experts, all of which must be there before the first goes; prints one line each."""
-    library = ExpertLibrary.open(config.library)
+    """Removes the experts together, all of which must be there before the first goes; prints one line each."""
+    library = open_library(config.library)
+    names = list(dict.fromkeys(config.names))
     known = library.names()
-    for name in config.names:
+    for name in names:
         if name not in known:
             raise UnknownExpert(f"{library.url}: {unknown('expert', name, known)}")
     if config.dry_run:
-        for name in config.names:
-            print(f"would remove {name} from {library.url}, revision {library.card(name).revision[:8]}")
-        return
-    if not config.yes and not _agreed(library, config.names):
-        raise LibraryError("nothing was removed; add yes=true to remove without being asked")
-    for name in config.names:
-        card = library.remove_expert(name, expect=config.expect)
-        print(f"removed {name} from {library.url}, revision {card.revision[:8]}; its files stay in .mole/history there")
+        cards = {name: library.card(name) for name in names}
+    else:
+        if not config.yes and not _agreed(library, names):
+            raise LibraryError("nothing was removed; add yes=true to remove without being asked")
+        with library.batch() as batch:
+            cards = {name: batch.remove_expert(name, expect=config.expect) for name in names}
+    rows, lines = [], []
+    for name, card in cards.items():
+        rows.append({"name": name, "action": "remove", "revision": card.revision, "library": library.url})
+        what = done("remove", dry_run=config.dry_run)
+        lines.append(
+            f"{what} {name} from {library.url}, revision {card.revision[:8]}; its files stay {library.after_removal}"
+        )
+    print_done(rows, lines, config.format)
 
 
-def _agreed(library: ExpertLibrary, names: tuple[str, ...]) -> bool:
+def _agreed(library: ExpertLibrary, names: list[str]) -> bool:
     if not sys.stdin.isatty():
         return False
     return input(f"remove {', '.join(names)} from {library.url}? [y/N] ").strip().lower() in ("y", "yes")

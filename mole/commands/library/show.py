@@ -2,8 +2,9 @@
 
 from typing import Literal
 
+from mole.commands.library.opening import open_library
 from mole.commands.library.output import print_json, print_table, size_text
-from mole.experts import Card, ExpertLibrary
+from mole.experts import Card
 from mole.registry import config_dataclass
 
 
@@ -19,14 +20,16 @@ class LibraryShow:
 
 def run(config: LibraryShow) -> None:
     """Prints the card: as a table, as it is (JSON), or the names of the files."""
-    library = ExpertLibrary.open(config.library)
+    library = open_library(config.library)
     card = library.card(config.name, config.revision)
     if config.format == "json":
         print_json(card.to_dict())
     elif config.format == "names":
         print("\n".join(card.files))
     else:
-        print_table(("field", config.name), _rows(card))
+        kept = [] if config.revision else library.artefacts(config.name)
+        rows = [(f"artefact {row.card.kind}", f"{row.card.key[:16]}, {size_text(row.card.size)}") for row in kept]
+        print_table(("field", config.name), [*_rows(card), *rows])
 
 
 def _rows(card: Card) -> list[tuple[str, str]]:

@@ -2,8 +2,9 @@
 
 from typing import Literal
 
+from mole.commands.library.opening import open_library
 from mole.commands.library.output import print_json
-from mole.experts import ExpertLibrary, Problem
+from mole.experts import Problem
 from mole.registry import config_dataclass
 
 
@@ -19,7 +20,7 @@ class LibraryVerify:
 
 def run(config: LibraryVerify) -> int:
     """Prints what was found; the exit code is 1 if anything is wrong. `names` prints the names of what is wrong."""
-    library = ExpertLibrary.open(config.library)
+    library = open_library(config.library)
     found = list(library.verify(config.names, quick=config.quick))
     wrong = [entry for entry in found if isinstance(entry, Problem)]
     sound = [entry for entry in found if not isinstance(entry, Problem)]
