@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,24 +95,37 @@ def copy_files(folder: str | Path, target: Path, card: AnyCard, entries: Entries
 
 
 def _copy(source: Path, target: Path, wanted: dict) -> None:
-    if source.is_symlink() or not source.is_file():
-        raise Damaged(f"{source} is not a regular file, or missing")
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    digest, size = hashlib.sha256(), 0
-    with open(os.open(source, flags), "rb") as reader, target.open("wb") as writer:
-        facts = os.fstat(reader.fileno())
-        if facts.st_nlink != 1:
-            raise Refused(f"{source} has {facts.st_nlink} hard links; only files of their own are taken")
-        if facts.st_size != wanted["size"]:
-            raise _not_the_cards(source, facts.st_size, wanted["size"])
-        while (chunk := reader.read(_CHUNK)) and size <= wanted["size"]:
-            digest.update(chunk)
+    with target.open("wb") as writer:
+        for chunk in verified_chunks(source, wanted):
             writer.write(chunk)
-            size += len(chunk)
         writer.flush()
         os.fsync(writer.fileno())
+
+
+def verified_chunks(path: Path, wanted: dict) -> Iterator[bytes]:
+    """The bytes of a file in pieces, the last of which comes only if all of them are what the card says.
+
+    Raises Damaged if they are not, Refused if it is no regular file of its own.
+    """
+    if path.is_symlink() or not path.is_file():
+        raise Damaged(f"{path} is not a regular file, or missing")
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    digest, size, last = hashlib.sha256(), 0, b""
+    with open(os.open(path, flags), "rb") as reader:
+        facts = os.fstat(reader.fileno())
+        if facts.st_nlink != 1:
+            raise Refused(f"{path} has {facts.st_nlink} hard links; only files of their own are taken")
+        if facts.st_size != wanted["size"]:
+            raise _not_the_cards(path, facts.st_size, wanted["size"])
+        while (chunk := reader.read(_CHUNK)) and size <= wanted["size"]:
+            if last:
+                yield last
+            digest.update(chunk)
+            size += len(chunk)
+            last = chunk
     if {"size": size, "sha256": digest.hexdigest()} != wanted:
-        raise _not_the_cards(source, size, wanted["size"])
+        raise _not_the_cards(path, size, wanted["size"])
+    yield last
 
 
 def check_content(folder: str | Path, card: AnyCard) -> None:

@@ -142,9 +142,12 @@ class LocalBackend:
     def remove(self, name: str, expect: str) -> None:
         self._write([Change(name, None, expect)])
 
-    def apply(self, changes: Sequence[Change], message: str) -> None:
-        """As the contract says; all is staged first, and swapped in under one lock: `message` has no place here."""
+    def apply(self, changes: Sequence[Change], message: str, *, readme: str | None = None) -> None:
+        """As the contract says; all is staged first, then swapped in under one lock."""
         self._write(changes)
+
+    def readme(self) -> None:
+        return None
 
     def _write(self, changes: Sequence[Change]) -> list[str]:
         """Make the changes and give the versions; that of a removal is empty."""
@@ -160,7 +163,7 @@ class LocalBackend:
                     for change, card in zip(changes, cards, strict=True):
                         self._there(change, card)  # what is going to fail fails before anything is copied
                 for change, card, stage in zip(changes, cards, stages, strict=True):
-                    if change.folder is not None:
+                    if change.folder is not None and card is not None:
                         stage.mkdir()
                         folders.copy_files(change.folder, stage, card, self._entries)
                 with self._locked():

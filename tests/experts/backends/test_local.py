@@ -1,5 +1,6 @@
 """What is special to a folder: the swap, its repair, processes that die in it, and what else may lie there."""
 
+import errno
 import json
 import os
 import subprocess
@@ -108,11 +109,11 @@ def test_a_copy_that_met_a_swap_is_made_again(backend, folders, tmp_path, monkey
 
     real, copies = module.copy_files, []
 
-    def copy(source, target, card):
+    def copy(source, target, card, entries):
         if source == backend.root / "mrpc" and not copies:
             copies.append(card)
             LocalBackend(backend.root).publish("mrpc", folders[1], first)  # between the card and the files
-        return real(source, target, card)
+        return real(source, target, card, entries)
 
     monkeypatch.setattr(module, "copy_files", copy)
     assert backend.fetch("mrpc", tmp_path / "dest") == read_card(folders[1])
@@ -212,3 +213,17 @@ def test_a_writer_that_loses_or_fails_leaves_no_staging_folder(backend, folders,
     with pytest.raises(OSError, match="descriptor"):
         backend.publish("other", folders[1])
     assert {path.name for path in (backend.root / ".mole").iterdir()} == {"lock"}
+
+
+def test_a_writer_without_room_leaves_the_old_state(backend, folders, monkeypatch):
+    first = backend.publish("mrpc", folders[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_room)
+        with pytest.raises(OSError, match="No space left"):
+            backend.publish("mrpc", folders[1], first)
+    assert backend.card("mrpc") == (read_card(folders[0]), first)
+    backend.publish("mrpc", folders[1], first)
+
+
+def no_room(descriptor):
+    raise OSError(errno.ENOSPC, "No space left on device")

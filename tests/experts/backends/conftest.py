@@ -1,0 +1,3 @@
+from servers import azure_server, open_place, s3_server
+
+__all__ = ["azure_server", "open_place", "s3_server"]
