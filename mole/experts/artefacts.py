@@ -90,6 +90,7 @@ def get(library: ExpertLibrary, making: Making, compute: Callable[[], Value] | N
     if compute is None:
         raise UnknownExpert(f"{library.url} has no {making.kind} computed from that with this config: {making.name}")
     file, data = _dump(compute())
+    value = _parsed(file, data, making.name)  # or something would be stored that cannot be read
     card = new_artefact(
         making.kind,
         making.code,
@@ -104,7 +105,7 @@ def get(library: ExpertLibrary, making: Making, compute: Callable[[], Value] | N
             return _store(place, making, card, file, data)
         except ReadOnly as error:
             logger.info("%s: %s is not stored there: %s", library.url, making.name, error)
-    return _parsed(file, data, making.name)
+    return value
 
 
 def stored(library: ExpertLibrary, name: str | None, kind: str | None) -> list[Stored]:
