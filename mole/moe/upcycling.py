@@ -1,7 +1,4 @@
-"""Experts out of one module: itself and copies of it, with or without noise; fresh ones; the same of other models.
-
-Komatsuzaki et al. 2022, "Sparse upcycling", arXiv 2212.05055.
-"""
+"""Experts out of a module of a model: started anew, or the modules of the same name of other models."""
 
 from __future__ import annotations
 
@@ -10,28 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-
-
-def copies(
-    module: nn.Module, num_experts: int, *, init_noise: float = 0.0, generator: torch.Generator | None = None
-) -> list[nn.Module]:
-    """`module` itself, as the object that it is, and `num_experts` − 1 copies of it.
-
-    Each floating-point parameter w of a copy becomes w + init_noise·std(w)·N(0, 1); the noise is drawn on the CPU from
-    `generator` (None: torch's own), so that it does not depend on the device. `requires_grad` is kept.
-    """
-    return [module, *(_noisy(copy.deepcopy(module), init_noise, generator) for _ in range(num_experts - 1))]
-
-
-@torch.no_grad()
-def _noisy(module: nn.Module, init_noise: float, generator: torch.Generator | None) -> nn.Module:
-    for parameter in module.parameters() if init_noise else ():
-        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:  # packed weights stay as they are
-            continue
-        noise = torch.randn(parameter.shape, generator=generator)
-        spread = parameter.float().std(correction=0)
-        parameter.add_((init_noise * spread * noise.to(parameter.device)).to(parameter.dtype))
-    return module
 
 
 def fresh(module: nn.Module, num_experts: int, *, seed: int) -> list[nn.Module]:

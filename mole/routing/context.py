@@ -117,11 +117,19 @@ class RoutingContext:
     @contextmanager
     def push(self, frame: Frame) -> Iterator[Frame]:
         """Makes `frame` the current one for the body."""
-        self._stack.frames.append(frame)
+        self.begin(frame)
         try:
             yield frame
         finally:
-            self._stack.frames.pop()
+            self.end()
+
+    def begin(self, frame: Frame) -> None:
+        """Makes `frame` the current one, until `end`: for hooks, which have no body."""
+        self._stack.frames.append(frame)
+
+    def end(self) -> None:
+        """Takes the current frame away."""
+        self._stack.frames.pop()
 
     def checkpoint_contexts(self):
         """`context_fn` of torch's non-reentrant checkpointing: the recomputation sees the frame of its forward.
