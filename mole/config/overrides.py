@@ -15,6 +15,7 @@ _OVERRIDE = re.compile(r"^(\+{0,2}[A-Za-z_][\w./@:-]*=|~[A-Za-z_][\w./@:-]*(=|$)
 
 # A value that is no option of these groups but an address chooses this option and fills this key.
 _ADDRESSES = {"library": ("local", "url"), "backbone": ("pretrained", "path")}
+_SCHEMES = {"library": {"hf": "hub", "s3": "s3", "az": "azure"}}  # what an address begins with → another option
 
 # A key may hold plain text in one command and be the name of a group elsewhere (`library` of the library's verbs): the
 # engine would look for an option. A mapping under this key alone stands for a value: `engine.plain` unwraps it.
@@ -125,6 +126,7 @@ def _choice(override: Override, group: str, chosen: str | None, tree: Tree) -> l
     text = _text(value)
     if group in _ADDRESSES and text not in tree.options(group) and _is_address(text):
         option, key = _ADDRESSES[group]
+        option = _SCHEMES.get(group, {}).get(text.partition("://")[0].lower(), option)
         if option in tree.options(group):
             return [f"{group}={option}", f"{group}.{key}={quote(text)}"]
     return [f"{group}={_option(group, text, tree)}"]

@@ -10,19 +10,16 @@ name does not exist: a reader believes that something is absent only after a loo
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-
-from filelock import FileLock
 
 from mole.experts import folder as folders
 from mole.experts.address import library_path
@@ -30,13 +27,10 @@ from mole.experts.backends import local_garbage
 from mole.experts.backends.backend import Change, Garbage
 from mole.experts.backends.changes import check_changes, check_revision, note_written
 from mole.experts.backends.entries import ARTEFACTS, EXPERTS, Entries
-from mole.experts.card import MAX_CARD_BYTES
+from mole.experts.backends.local_folder import ASIDE, LocalFolder
 from mole.experts.errors import Conflict, Damaged, LibraryError, NoLibrary, ReadOnly, Refused, UnknownExpert
 from mole.registry import LIBRARIES, config_dataclass, unknown
-from mole.untrusted import read_file
 
-ASIDE = ".mole"
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _COPIES = 3
 
 
@@ -50,8 +44,8 @@ class LocalBackend:
         self.url = str(path)
         self._entries = entries
         self._within = within
-        self._aside = self.root / ASIDE
-        self._locks = {os.getpid(): FileLock(str(self._aside / "lock"))}
+        self._folder = LocalFolder(self.root, self.url, entries)
+        self._aside = self._folder.aside
 
     @property
     def derived(self) -> LocalBackend:
@@ -61,46 +55,22 @@ class LocalBackend:
     def _derived(self) -> LocalBackend:
         return LocalBackend(self._aside / "derived", entries=ARTEFACTS, within=self)
 
-    @property
-    def _lock(self) -> FileLock:
-        """This process's lock: one that a fork has inherited would be held by both, or by none."""
-        process = os.getpid()
-        if process not in self._locks:
-            self._locks = {process: FileLock(str(self._aside / "lock"))}
-        return self._locks[process]
-
     def exists(self) -> bool:
         """A library has `.mole/`, or, copied without it, at least one expert."""
         if self._within is not None:
             return self._within.exists()
-        return self._aside.is_dir() or any(folders.has_card(place, self._entries) for place in self._places().values())
+        return self._aside.is_dir() or any(
+            folders.has_card(place, self._entries) for place in self._folder.places().values()
+        )
 
     def head(self) -> None:
         return None
 
     def cards(self) -> dict[str, str]:
         self._must_exist()
-        with self._reading():  # or an expert in the middle of a swap would be missing
-            found = {name: self._token(place) for name, place in sorted(self._places().items())}
+        with self._folder.reading():  # or an expert in the middle of a swap would be missing
+            found = {name: self._folder.token(place) for name, place in sorted(self._folder.places().items())}
         return {name: token for name, token in found.items() if token is not None}
-
-    def _places(self) -> dict[str, Path]:
-        """Name → folder of what may be an entry; what a swap left aside counts, as long as its name is missing."""
-        places = {}
-        for folder, prefix in ((self._aside, "old-"), (self.root, "")):
-            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
-                for entry in found:
-                    name = entry.name.removeprefix(prefix)
-                    if entry.name.startswith(prefix) and self._entries.is_name(name) and not entry.is_symlink():
-                        places[name] = folder / entry.name
-        return places
-
-    def _token(self, place: Path) -> str | None:
-        try:
-            facts = os.stat(place / self._entries.card_file)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return f"{facts.st_ino}-{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ctime_ns}"
 
     def card(self, name: str, revision: str | None = None) -> tuple[Any, str]:
         data = self._find(self._entries.check_name(name), revision)[1]
@@ -121,7 +91,7 @@ class LocalBackend:
         for _ in range(_COPIES - 1):
             with suppress(Damaged, FileNotFoundError):  # a swap in the middle of the copy looks like damage
                 return self._fetch(name, dest, revision)
-        with self._reading():  # or a busy writer could starve its readers
+        with self._folder.reading():  # or a busy writer could starve its readers
             return self._fetch(name, dest, revision)
 
     def _fetch(self, name: str, dest: Path, revision: str | None) -> Any:
@@ -156,17 +126,17 @@ class LocalBackend:
         if not any(cards):
             self._must_exist()
         stages = [self._aside / f"new-{uuid.uuid4().hex}" for _ in changes]
-        with self._writing():
+        with self._folder.writing():
             self._prepare()
             try:
-                with self._locked():
+                with self._folder.locked():
                     for change, card in zip(changes, cards, strict=True):
                         self._there(change, card)  # what is going to fail fails before anything is copied
                 for change, card, stage in zip(changes, cards, stages, strict=True):
                     if change.folder is not None and card is not None:
                         stage.mkdir()
                         folders.copy_files(change.folder, stage, card, self._entries)
-                with self._locked():
+                with self._folder.locked():
                     return self._swap_all(changes, cards, stages)
             finally:
                 for stage in stages:
@@ -193,9 +163,9 @@ class LocalBackend:
     def _there(self, change: Change, card: Any) -> bytes | None:
         """The bytes of the card that is there. Raises Conflict, or Refused if a foreign folder has the name."""
         home = self.root / change.name
-        there = self._read(home)
+        there = self._folder.read(home)
         wanted = None if card is None else card.revision
-        if (there is None and card is None) or (there is not None and self._revision(there) == wanted):
+        if (there is None and card is None) or (there is not None and self._folder.revision(there) == wanted):
             return there  # the state asked for
         self._must_be(change.name, there, change.expect)
         if there is None and home.exists():
@@ -206,24 +176,24 @@ class LocalBackend:
         home, old = self.root / name, self._aside / f"old-{name}"
         if card is None:
             if there is not None:
-                self._keep(name, home)
+                self._folder.keep(name, home)
                 folders.sync(self.root)
             return ""
-        if there is not None and self._revision(there) == card.revision:
+        if there is not None and self._folder.revision(there) == card.revision:
             return _version(there)
         if there is not None:
             os.rename(home, old)
         os.rename(stage, home)
         folders.sync(self.root)
         if there is not None:
-            self._keep(name, old)
+            self._folder.keep(name, old)
         return _version(card.to_bytes())
 
     def verify(self, name: str, *, quick: bool = False) -> Any:
         for _ in range(_COPIES - 1):
             with suppress(Damaged, FileNotFoundError):
                 return self._verify(name, quick)
-        with self._reading():
+        with self._folder.reading():
             return self._verify(name, quick)
 
     def _verify(self, name: str, quick: bool) -> Any:
@@ -237,11 +207,11 @@ class LocalBackend:
 
     def strays(self) -> list[str]:
         self._must_exist()
-        with self._reading(), suppress(FileNotFoundError):
+        with self._folder.reading(), suppress(FileNotFoundError):
             return sorted(
                 entry.name
                 for entry in self.root.iterdir()
-                if entry.name != ASIDE and (not self._entries.is_name(entry.name) or self._read(entry) is None)
+                if entry.name != ASIDE and (not self._entries.is_name(entry.name) or self._folder.read(entry) is None)
             )
         return []
 
@@ -250,10 +220,10 @@ class LocalBackend:
         if not self._aside.is_dir():
             return []
         if dry_run:
-            with self._reading():
+            with self._folder.reading():
                 return [row for _, row in local_garbage.garbage(self._aside, older_than, keep)]
-        with self._writing():
-            with self._locked():
+        with self._folder.writing():
+            with self._folder.locked():
                 found = list(local_garbage.garbage(self._aside, older_than, keep))
                 dead = local_garbage.moved_away([path for path, _ in found], self._aside)
             for path in dead:
@@ -270,7 +240,7 @@ class LocalBackend:
             return home, data
         history = self._aside / "history" / name
         found = {path.name: path for path in history.glob(f"{check_revision(revision)}*")}
-        current = None if data is None else self._revision(data)
+        current = None if data is None else self._folder.revision(data)
         if current is not None and current.startswith(revision):
             found[current] = home
         if len(found) != 1:
@@ -278,7 +248,7 @@ class LocalBackend:
             what = "no" if not found else "more than one"
             raise UnknownExpert(f"{self.url}/{name}: {what} revision starts with {revision} (old ones: {kept})")
         (home,) = found.values()
-        old = self._read(home)
+        old = self._folder.read(home)
         if old is None:
             raise Damaged(f"{home}: the card of this old revision is missing")
         return home, old
@@ -286,13 +256,13 @@ class LocalBackend:
     def _look(self, name: str) -> tuple[Path, bytes | None]:
         """Folder and card's bytes; absence is believed only under the lock: it may be the middle of a swap."""
         home = self.root / name
-        data = self._read(home)
+        data = self._folder.read(home)
         if data is None:
-            with self._reading():
-                data = self._read(home)
+            with self._folder.reading():
+                data = self._folder.read(home)
                 if data is None:  # a swap cut short, on a medium that cannot be repaired
                     old = self._aside / f"old-{name}"
-                    data = self._read(old)
+                    data = self._folder.read(old)
                     home = home if data is None else old
         return home, data
 
@@ -312,7 +282,7 @@ class LocalBackend:
             return
         if there is None:
             raise Conflict(f"{self.url}/{name} was removed by somebody else meanwhile")
-        revision = self._revision(there)
+        revision = self._folder.revision(there)
         at = f"at revision {revision[:8]}" if revision else "damaged"
         raise Conflict(f"{self.url}/{name} is there, {at}" + (", changed meanwhile" if expect else ""), revision)
 
@@ -332,75 +302,6 @@ class LocalBackend:
         if not self._aside.is_dir():
             self.check_writable()
             self._aside.mkdir(parents=True, exist_ok=True)
-
-    def _keep(self, name: str, folder: Path) -> None:
-        """Move a revision that is current no longer into the history; one that is there already was the same."""
-        revision = self._revision(self._read(folder) or b"") or f"damaged-{uuid.uuid4().hex}"
-        place = self._aside / "history" / name / revision
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists():
-            place = self._aside / f"new-{uuid.uuid4().hex}"
-        os.rename(folder, place)
-        folders.sync(place.parent)
-        if place.parent == self._aside:
-            shutil.rmtree(place, ignore_errors=True)
-
-    def _repair(self) -> None:
-        for old in sorted(self._aside.glob("old-*")):
-            name = old.name.removeprefix("old-")
-            if (self.root / name).exists():
-                self._keep(name, old)
-            else:
-                os.rename(old, self.root / name)
-                folders.sync(self.root)
-
-    def _read(self, folder: Path) -> bytes | None:
-        """The card's bytes; None if `folder` is no entry's folder of its own (a link leads out of the library)."""
-        if folder.is_symlink():
-            return None
-        try:
-            return read_file(folder / self._entries.card_file, MAX_CARD_BYTES)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
-    def _revision(self, data: bytes) -> str | None:
-        """The revision of a card; None if the card is damaged."""
-        try:
-            return self._entries.parse(data, self._entries.card_file).revision
-        except Damaged:
-            return None
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with self._lock:
-            self._repair()
-            yield
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """The lock, where it can be had; a library that cannot be written is read without it."""
-        locked = False
-        if self._aside.is_dir():
-            with suppress(OSError):
-                self._lock.acquire()
-                locked = True
-        try:
-            if locked:
-                with suppress(OSError):
-                    self._repair()
-            yield
-        finally:
-            if locked:
-                self._lock.release()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno in _UNWRITABLE:
-                raise ReadOnly(f"{self.url} cannot be written: {error.strerror}") from error
-            raise
 
 
 def _version(data: bytes) -> str:

@@ -1,6 +1,7 @@
 """Run as a program, without torch: what needs processes that die, or many of them. Prints one JSON value.
 
 crash <old> <new> <third> <root> <operation>    one line for each point at which a process was killed
+rename <folder> <root>                          the same, of a batch that adds one name and removes another
 writers <root> <shared name, or "-"> <folder>…  a process for each folder, all publishing at once
 """
 
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mole.experts import Conflict, Damaged, LocalBackend, UnknownExpert
+from mole.experts.backends import Change
 from mole.experts.folder import read_card
 
 CALLS = ("open", "rename", "replace", "unlink", "rmdir", "mkdir", "fsync")
@@ -71,6 +73,29 @@ def crash(old: str, new: str, third: str, root: str, operation: str) -> list[dic
     raise AssertionError("no end")
 
 
+def rename(folder: str, root: str) -> list[dict]:
+    found = []
+    for last in range(1, 200):
+        shutil.rmtree(root, ignore_errors=True)
+        backend = LocalBackend(root)
+        version = backend.publish("mrpc", Path(folder))
+        changes = [Change("paraphrase", Path(folder), None), Change("mrpc", None, version)]
+
+        def work(backend=backend, changes=changes, last=last):
+            with killed_at(last):
+                backend.apply(changes, "rename")
+
+        code = in_child(work)
+        backend = LocalBackend(root)
+        names = list(backend.cards())
+        whole = all(backend.verify(name) == read_card(folder) for name in names)
+        backend.apply(changes, "rename, again")
+        found.append({"names": names, "whole": whole, "again": list(backend.cards())})
+        if code == 0:
+            return found
+    raise AssertionError("no end")
+
+
 def _after(root: str, states: dict[str, str], third: str) -> dict:
     """What a reader sees, and whether the next writer can write and the one after can read."""
     backend = LocalBackend(root)
@@ -119,4 +144,4 @@ def writers(root: str, shared: str, *folders: str) -> list[str]:
 
 if __name__ == "__main__":
     assert "torch" not in sys.modules
-    print(json.dumps({"crash": crash, "writers": writers}[sys.argv[1]](*sys.argv[2:])))
+    print(json.dumps({"crash": crash, "rename": rename, "writers": writers}[sys.argv[1]](*sys.argv[2:])))

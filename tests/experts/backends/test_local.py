@@ -3,14 +3,18 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from mole.experts import Conflict, Damaged, LocalBackend, NoLibrary, ReadOnly, Refused, read_card
+from mole.experts import Conflict, Damaged, LocalBackend, NoLibrary, ReadOnly, Refused, UnknownExpert, read_card
+from mole.experts.backends import Change
 
 SCRIPT = Path(__file__).with_name("library_scripts.py")
 
@@ -36,7 +40,8 @@ def folders(make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("operation", "before", "after"), [("add", "absent", "new"), ("replace", "old", "new"), ("remove", "old", "absent")]
+    ("operation", "before", "after"),
+    [("add", "absent", "new"), ("replace", "old", "new"), ("remove", "old", "absent")],
 )
 def test_a_death_before_any_call_leaves_the_old_state_or_the_new_one(folders, tmp_path, operation, before, after):
     points = script("crash", *folders[:3], tmp_path / "crashed", operation)
@@ -47,6 +52,16 @@ def test_a_death_before_any_call_leaves_the_old_state_or_the_new_one(folders, tm
     assert states == [before] * switch + [after] * (len(states) - switch)
     assert switch > 0
     assert all(point["listed"] and point["next"] and point["old"] == [] for point in points)
+
+
+def test_a_death_in_a_renaming_batch_leaves_each_name_old_or_new_and_the_expert_under_one_of_them(folders, tmp_path):
+    points = script("rename", folders[0], tmp_path / "crashed")
+    assert len(points) > 15
+    states = [tuple(point["names"]) for point in points]
+    assert all(point["whole"] and point["again"] == ["paraphrase"] for point in points)
+    order = [("mrpc",), ("mrpc", "paraphrase"), ("paraphrase",)]  # both for a while, never neither
+    assert sorted(set(states), key=states.index) == order
+    assert states == sorted(states, key=order.index)
 
 
 def test_of_eight_processes_that_publish_one_name_one_wins(folders, tmp_path):
@@ -141,8 +156,6 @@ def test_publishing_leaves_these_files_and_no_others(backend, folders):
 
 def test_a_library_copied_without_its_own_folder_can_be_read(backend, folders):
     backend.publish("mrpc", folders[0])
-    import shutil
-
     shutil.rmtree(backend.root / ".mole")
     assert list(backend.cards()) == ["mrpc"]
     assert backend.card("mrpc")[0] == read_card(folders[0])
@@ -156,7 +169,7 @@ def test_a_library_that_cannot_be_locked_is_read_without_the_lock(backend, folde
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(backend._lock, "acquire", refuse)
+    monkeypatch.setattr(backend._folder._lock, "acquire", refuse)
     (tmp_path / "dest").mkdir()
     assert backend.fetch("mrpc", tmp_path / "dest") == read_card(folders[0])
     monkeypatch.setattr(os, "mkdir", refuse)
@@ -227,3 +240,121 @@ def test_a_writer_without_room_leaves_the_old_state(backend, folders, monkeypatc
 
 def no_room(descriptor):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_batch_is_swapped_in_under_one_lock(backend, folders, monkeypatch):
+    first = backend.publish("a", folders[0])
+    real, seen = os.rename, []
+
+    def rename(source, target):
+        real(source, target)
+        if not seen:  # another one looks right after the first step of the batch: it has to wait for the last
+            seen.append(threading.Thread(target=lambda: seen.append(list(LocalBackend(backend.root).cards()))))
+            seen[0].start()
+            seen[0].join(0.3)
+
+    monkeypatch.setattr(os, "rename", rename)
+    backend.apply([Change("b", folders[0], None), Change("a", None, first)], "rename a to b")
+    seen[0].join()
+    assert seen[1] == ["b"]
+
+
+def test_an_error_in_the_middle_of_a_batch_says_what_was_written(backend, folders, monkeypatch):
+    real = os.rename
+
+    def rename(source, target):
+        if Path(target).name == "b":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="No space left") as caught:
+        backend.apply([Change(name, folders[0], None) for name in "abc"], "three")
+    assert caught.value.__notes__ == ["written before this: a; not written: b, c"]
+    assert list(backend.cards()) == ["a"]
+
+
+def test_a_listing_reads_no_card_and_stats_each_once(backend, folders, monkeypatch):
+    for number in range(3):
+        backend.publish(f"e{number}", folders[0])
+    (backend.root / "e1" / "expert.json").write_text("damaged")
+    real, asked = os.stat, []
+    monkeypatch.setattr(os, "stat", lambda path, **options: asked.append(str(path)) or real(path, **options))
+    assert list(backend.cards()) == ["e0", "e1", "e2"]
+    assert len([path for path in asked if path.endswith("expert.json")]) == 3
+    found = dict(backend.read_cards(backend.cards()))
+    assert isinstance(found["e1"], Damaged)
+
+
+def test_a_linked_folder_is_no_expert_of_the_library(backend, folders):
+    backend.publish("mrpc", folders[0])
+    (backend.root / "linked").symlink_to(folders[1])
+    assert list(backend.cards()) == ["mrpc"]
+    with pytest.raises(UnknownExpert):
+        backend.card("linked")
+
+
+@pytest.fixture
+def revisions(backend, folders):
+    """A name at the last of five revisions, and one that was removed; gives the old revisions, newest first."""
+    version = None
+    for folder in folders[:5]:
+        version = backend.publish("mrpc", folder, version)
+    backend.remove("gone", backend.publish("gone", folders[5]))
+    return [read_card(folder).revision for folder in folders[3::-1]]
+
+
+def days(number, monkeypatch):
+    """The clock goes forward."""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + number * 86_400)
+
+
+def test_collecting_takes_what_is_old_and_beyond_what_is_kept(backend, folders, revisions, monkeypatch):
+    days(8, monkeypatch)
+    found = backend.collect(timedelta(days=7), 2, dry_run=True)
+    assert {row.what for row in found} == {f".mole/history/mrpc/{revision}" for revision in revisions[2:]}
+    assert all(row.size > 1000 and "an old revision" in row.why for row in found)
+    assert len(list((backend.root / ".mole" / "history" / "mrpc").iterdir())) == 4
+    assert backend.collect(timedelta(days=7), 2, dry_run=False) == found
+    for revision in revisions[:2]:
+        assert backend.card("mrpc", revision)[0].revision == revision
+    with pytest.raises(UnknownExpert):
+        backend.card("mrpc", revisions[2])
+    assert backend.card("mrpc")[0] == read_card(folders[4])
+    assert backend.card("gone", read_card(folders[5]).revision)
+    assert backend.collect(timedelta(days=7), 2, dry_run=False) == []
+
+
+def test_collecting_lets_be_what_is_young(backend, revisions):
+    assert backend.collect(timedelta(days=7), 0, dry_run=False) == []
+    assert len(backend.collect(timedelta(0), 0, dry_run=False)) == 5
+    assert {path.name for path in (backend.root / ".mole").iterdir()} == {"lock", "history"}
+    assert list((backend.root / ".mole" / "history").iterdir()) == []
+
+
+def test_collecting_takes_the_staging_folder_of_a_dead_writer_and_not_that_of_a_living_one(
+    backend, folders, monkeypatch
+):
+    backend.publish("mrpc", folders[0])
+    stage = backend.root / ".mole" / "new-0"
+    shutil.copytree(folders[1], stage)
+    assert backend.collect(timedelta(0), 0, dry_run=False) == []
+    days(0.1, monkeypatch)
+    os.utime(stage / "expert.json", (time.time(), time.time()))  # written just now
+    assert backend.collect(timedelta(0), 0, dry_run=False) == []
+    days(0.1, monkeypatch)
+    (row,) = backend.collect(timedelta(0), 0, dry_run=False)
+    assert (row.what, stage.exists()) == (".mole/new-0", False)
+
+
+def test_a_collector_that_dies_leaves_no_half_revision(backend, revisions, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda path: os.fstat(-1))
+    with pytest.raises(OSError, match="descriptor"):
+        backend.collect(timedelta(0), 1, dry_run=False)
+    monkeypatch.undo()
+    kept = [path.name for path in (backend.root / ".mole" / "history" / "mrpc").iterdir()]
+    assert kept == revisions[:1]
+    assert backend.card("mrpc", kept[0])[0].revision == kept[0]
+    days(1, monkeypatch)
+    assert len(backend.collect(timedelta(0), 1, dry_run=False)) == 3  # what it had moved away
