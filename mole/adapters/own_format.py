@@ -1,11 +1,13 @@
 """mole's own folder format, for methods that PEFT has not: `mole_adapter.json` and `adapter_model.safetensors`.
 
-The tensors are named `<path of the module>.<short name>`; the rest of what is to be known of a module is in the JSON.
+The tensors are named `<path of the module>.<short name>`, those of whole modules of the backbone that were trained
+along `<path>.full.<name>`; the rest of what is to be known of a module is in the JSON.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -23,10 +25,13 @@ FORMAT = 1
 MAX_CONFIG_BYTES = 4 << 20
 _WEIGHTS = {"bottleneck": BottleneckWeights}
 _KEYS = {"backbone", "dropout", "format", "method", "modules", "targets", "task_type"}
+_FULL = re.compile(r"((?:[A-Za-z0-9_]+\.)*[A-Za-z0-9_]+)\.full\.([A-Za-z0-9_.]+)", re.ASCII)
 
 
 def dump(adapter: Adapter, backbone_name: str | None) -> dict[str, bytes]:
-    """The two files, name → bytes; equal adapters give equal bytes. Raises ValueError for a method that is not here."""
+    """The two files, name → bytes; equal adapters give equal bytes. Raises ValueError for what is not here."""
+    if adapter.biases or adapter.base_weights:
+        raise ValueError(f"an adapter of method {adapter.method!r} has no place for biases of the backbone")
     if adapter.method not in _WEIGHTS:
         raise ValueError(f"there is no format for an adapter of method {adapter.method!r}")
     kind = _WEIGHTS[adapter.method]
@@ -40,6 +45,8 @@ def dump(adapter: Adapter, backbone_name: str | None) -> dict[str, bytes]:
         "targets": list(adapter.targets),
         "task_type": adapter.task_type,
     }
+    if adapter.full_modules:
+        node["full_names"] = list(adapter.full_names)
     text = json.dumps(node, indent=1, allow_nan=False) + "\n"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors().items()}
     return {CONFIG: text.encode(), WEIGHTS: save(tensors, metadata={"format": "pt"})}
@@ -49,7 +56,7 @@ def parse(config: bytes, weights: bytes, where: str) -> tuple[Adapter, str | Non
     """The adapter in the bytes of the two files, and the name of its backbone. Raises Damaged or Refused."""
     what = f"{where}/{CONFIG}"
     node = strict_json(config, what, max_bytes=MAX_CONFIG_BYTES, max_depth=6)
-    if not isinstance(node, dict) or set(node) != _KEYS:
+    if not isinstance(node, dict) or set(node) - {"full_names"} != _KEYS:
         raise Damaged(f"{what}: not an object with {', '.join(sorted(_KEYS))}")
     if node["format"] != FORMAT or node["method"] not in _WEIGHTS:
         raise Refused(
@@ -58,12 +65,15 @@ def parse(config: bytes, weights: bytes, where: str) -> tuple[Adapter, str | Non
         )
     _check(node, what)
     tensors = safetensors_tensors(weights, f"{where}/{WEIGHTS}")
+    full = _full_modules(node, tensors, what)
     adapter = Adapter(
         method=node["method"],
         modules=_modules(node, tensors, what),
         dropout=float(node["dropout"]),
         targets=tuple(node["targets"]),
         task_type=node["task_type"],
+        full_modules=full,
+        full_names=tuple(node.get("full_names", ())),
     )
     return adapter, node["backbone"]
 
@@ -77,8 +87,25 @@ def _check(node: dict[str, Any], what: str) -> None:
         "backbone": node["backbone"] is None or isinstance(node["backbone"], str),
         "modules": isinstance(node["modules"], dict) and bool(node["modules"]),
     }
+    if "full_names" in node:
+        names = node["full_names"]
+        good["full_names"] = isinstance(names, list) and all(isinstance(n, str) and is_plain(n) for n in names)
     if wrong := [key for key, is_good in good.items() if not is_good]:
         raise Damaged(f"{what}: {wrong[0]} is {shown(node[wrong[0]])}")
+
+
+def _full_modules(node: dict[str, Any], tensors: dict[str, Tensor], what: str) -> dict[str, dict[str, Tensor]]:
+    """Takes the tensors of whole modules out of `tensors`. Raises Refused for those that the config does not name."""
+    found: dict[str, dict[str, Tensor]] = {}
+    if "full_names" not in node:
+        return found
+    for name in [name for name in tensors if _FULL.fullmatch(name)]:
+        match = _FULL.fullmatch(name)
+        assert match is not None
+        if not any(part in node["full_names"] for part in match[1].split(".")):
+            raise Refused(f"{what}: tensor {shown(name)} is of a module that full_names does not name")
+        found.setdefault(match[1], {})[match[2]] = tensors.pop(name)
+    return found
 
 
 def _modules(node: dict[str, Any], tensors: dict[str, Tensor], what: str) -> dict[str, Any]:

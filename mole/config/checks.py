@@ -61,7 +61,7 @@ def validate(
 
 def dump(config: Any) -> dict[str, Any]:
     """A validated configuration as plain data: what `validate` takes."""
-    return TypeAdapter(type(config)).dump_python(config, mode="json")
+    return TypeAdapter(type(config)).dump_python(config, mode="json", by_alias=True)
 
 
 class _Reader:

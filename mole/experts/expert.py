@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -10,16 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mole.experts import folder as folders
-from mole.experts.card import BackboneFacts, BackboneRef, Card, bytes_facts, new_card
+from mole.experts.card import BackboneFacts, Card, bytes_facts, new_card
 from mole.experts.errors import Damaged, LibraryError
 from mole.experts.names import is_name
-from mole.experts.schema import looks_like_path
 from mole.run_folder import write_folder_atomically
 
 if TYPE_CHECKING:
     from mole.adapters import Adapter
-
-logger = logging.getLogger(__name__)
 
 
 class Expert:
@@ -166,19 +162,10 @@ def _load_folder(path: Path) -> Expert:
 
 
 def _import(path: Path) -> Expert:
-    """A plain PEFT folder as an expert: checked and rewritten in memory; nothing of it is trusted or run."""
-    from mole.adapters import peft_format
+    """A plain PEFT or AdapterHub folder as an expert: checked and rewritten in memory, never trusted, never run."""
+    from mole.experts.importing import Hints, expert_of, read_source
 
-    found = peft_format.read_folder(path)
-    for notice in found.notices:
-        logger.info("%s: %s", path, notice)
-    label = found.backbone or "unknown"
-    if looks_like_path(label):
-        label = label.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-    origin = [
-        {"relation": "imported", "source": "peft", "name": path.resolve().name, "revision": None, "content": None}
-    ]
-    return Expert(describe(found.adapter, BackboneRef(label), derived_from=origin), found.adapter)
+    return expert_of(read_source(path), hints=Hints(), lenient=True)
 
 
 def _files(adapter: Adapter, backbone_name: str) -> dict[str, bytes]:

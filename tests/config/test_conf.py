@@ -91,7 +91,7 @@ def written_values(file: Path) -> dict[str, Any]:
 
 
 def assert_agrees(values: dict[str, Any], config: Any, groups: set[str], where: str) -> None:
-    fields = {k: f for k, f in config.__pydantic_fields__.items() if k not in groups}
+    fields = {f.alias or k: f for k, f in config.__pydantic_fields__.items() if k not in groups}
     assert sorted(values) == sorted(fields), f"{where}: other fields than {config.__name__}"
     named = "name" in fields and typing.get_origin(fields["name"].annotation) is typing.Literal
     assert not named or next(iter(values)) == "name", f"{where}: the registry name comes first"

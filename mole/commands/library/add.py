@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from mole.experts import Expert, ExpertLibrary, LibraryError, is_name, load_expert, proposal
+from mole.commands.library.naming import own_name
+from mole.experts import ExpertLibrary, load_expert
 from mole.registry import config_dataclass
 
 
@@ -27,7 +28,7 @@ def run(config: LibraryAdd) -> None:
     given = {key: getattr(config, key) for key in ("tasks", "tags", "license", "description", "message")}
     changes = {key: value for key, value in given.items() if value is not None}
     expert = expert.with_card(expert.card.edited(**changes)) if changes else expert
-    name = config.name or _own_name(expert, Path(config.folder))
+    name = config.name or own_name(expert, Path(config.folder).expanduser().absolute().name)
     library = ExpertLibrary.open(config.library)
     told = f"{name} to {library.url}, revision {expert.revision[:8]}"
     if library.exists() and name in library and library.card(name).revision == expert.revision:
@@ -40,13 +41,3 @@ def run(config: LibraryAdd) -> None:
         return
     library.add_expert(expert, name)
     print(f"added {told}")
-
-
-def _own_name(expert: Expert, folder: Path) -> str:
-    """The expert's only task, made a name; else the folder's name. LibraryError if neither can be one."""
-    if len(expert.card.tasks) == 1:
-        return proposal(expert.card.tasks[0])
-    own = folder.expanduser().absolute().name
-    if is_name(own) and own != "expert":
-        return own
-    raise LibraryError(f"which name shall it have? add name=…, for instance name={proposal(own)}")

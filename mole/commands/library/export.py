@@ -1,0 +1,62 @@
+"""`mole library export`: an expert as a folder for other programs, or several as a map of pinned addresses."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mole.experts import ExpertLibrary
+from mole.experts.exporting import Form, export, export_map
+from mole.experts.filters import keep
+from mole.registry import config_dataclass
+
+
+@config_dataclass
+class LibraryExport:
+    """Which expert (of format adapter-weights: which ones), in which form, and the place that is to hold it."""
+
+    library: str
+    name: str | tuple[str, ...]
+    dest: str
+    format: Literal["peft", "normalised", "adapterhub", "adapter-weights"] = "peft"
+    revision: str | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    card: bool = False
+    model_type: str | None = None
+    width: Annotated[int, Field(ge=1)] | None = None
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        many = self.format == "adapter-weights"
+        if not isinstance(self.name, str) and not many:
+            problems.append("name: several experts are exported as format=adapter-weights alone")
+        if many and (self.revision or self.dtype or self.card):
+            problems.append("format=adapter-weights writes addresses: revision, dtype and card are for folders")
+        if (self.model_type or self.width) and self.format != "adapterhub":
+            problems.append("model_type and width are for format=adapterhub")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def run(config: LibraryExport) -> None:
+    """Writes the folder or the file, whole or not at all; prints one line."""
+    library = ExpertLibrary.open(config.library)
+    dest = Path(config.dest).expanduser()
+    if config.format == "adapter-weights":
+        cards = keep(library.cards(), {"names": config.name})
+        told = f"{len(cards)} addresses ({', '.join(cards)}) to {dest}"
+        if not config.dry_run:
+            export_map(config.library, cards, dest)
+    else:
+        assert isinstance(config.name, str)
+        expert = library.get_expert(config.name, config.revision)
+        form = Form(config.format, config.dtype, config.card, config.model_type, config.width)
+        told = f"{config.name}, revision {expert.revision[:8]}, as {config.format} to {dest}"
+        if config.dry_run:
+            from mole.experts.exporting import files_of
+
+            told += f" ({', '.join(files_of(expert, config.name, form))})"
+        else:
+            export(expert, config.name, dest, form)
+    print(f"{'would write' if config.dry_run else 'wrote'} {told}")

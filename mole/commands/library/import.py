@@ -1,0 +1,52 @@
+"""`mole library import`: an adapter that others made, checked and rewritten, into a library."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mole.commands.library.naming import own_name
+from mole.experts import ExpertLibrary
+from mole.experts.importing import Hints, import_expert
+from mole.registry import config_dataclass
+
+
+@config_dataclass
+class LibraryImport:
+    """What comes from where, what its files do not say, and what its card says beside."""
+
+    source: str
+    library: str
+    name: str | None = None
+    from_: Literal["auto", "peft", "loralib", "adapterhub", "nlpr"] = Field(default="auto", alias="from")
+    backbone: str | None = None
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    blocks: tuple[bool, ...] | None = None
+    transposed: bool = False
+    heads: bool = False
+    tasks: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    license: str | None = None
+    description: str = ""
+    message: str = ""
+    dry_run: bool = False
+
+
+def run(config: LibraryImport) -> None:
+    """Checks every byte that is taken, publishes the expert; prints one line."""
+    hints = Hints(config.backbone, config.alpha, config.blocks, config.transposed, config.heads)
+    facts = {key: getattr(config, key) for key in ("tasks", "tags", "license", "description", "message")}
+    expert = import_expert(config.source, layout=config.from_, hints=hints, **facts)
+    name = config.name or own_name(expert, expert.card.derived_from[0]["name"] or "")
+    library = ExpertLibrary.open(config.library)
+    adapter = expert.card.adapter or {}
+    what = f"{adapter['method']}, {adapter['parameters']:,} parameters, for {expert.card.backbone.name}"
+    told = f"{name} ({what}) to {library.url}, revision {expert.revision[:8]}"
+    if library.exists() and name in library and library.card(name).content == expert.card.content:
+        print(f"unchanged: {name} is in {library.url} with these weights")
+        return
+    library.check_free(name)
+    if config.dry_run:
+        print(f"would import {told}")
+        return
+    library.add_expert(expert, name)
+    print(f"imported {told}")
