@@ -67,6 +67,9 @@ class RunFolder:
     scalings = property(lambda self: self.path / "scalings", doc="The routing log.")
     plots = property(lambda self: self.path / "plots", doc="Pictures.")
     evaluation = property(lambda self: self.path / "evaluation.json", doc="The table of scores, as data.")
+    cells = property(
+        lambda self: self.path / "cells.json", doc="Scores of an evaluation that goes on; kept by `clear`."
+    )
     table_md = property(lambda self: self.path / "table.md", doc="The table of scores, in Markdown.")
     table_csv = property(lambda self: self.path / "table.csv", doc="The table of scores, for spreadsheets.")
     probes = property(lambda self: self.path / "probes.jsonl", doc="One JSON object for each probe of a search.")

@@ -26,6 +26,7 @@ class Words:
     subtitle: str
     x_label: str
     y_label: str
+    scale: str = "mean weight"
 
 
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], words: Words, is_share: bool) -> Figure:
@@ -51,7 +52,7 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], wo
     bar_height = min(height, 4.0)
     bar = figure.colorbar(image, cax=panel(figure, 0.3 + width + 0.18, 0.3 + height - bar_height, 0.16, bar_height))
     bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.set_label("share (%)" if is_share else "mean weight", fontsize=9, color=INK)
+    bar.set_label("share (%)" if is_share else words.scale, fontsize=9, color=INK)
     headline(axes, words.title, words.subtitle)
     return figure
 

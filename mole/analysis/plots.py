@@ -10,12 +10,13 @@ from mole.analysis.figure import png
 from mole.analysis.layers import draw_layers
 from mole.analysis.loss import draw_loss
 from mole.analysis.record import CannotPlot, RunRecord
+from mole.analysis.scores import draw_scores
 from mole.analysis.tasks import draw_tasks
 from mole.analysis.tokens import TokensView, draw_tokens
 from mole.registry import unknown
 from mole.run_folder import write_atomically
 
-PLOT_NAMES = ("loss", "layers", "tasks", "tokens")
+PLOT_NAMES = ("loss", "layers", "tasks", "tokens", "scores")
 
 
 def plot_run(
@@ -41,6 +42,7 @@ def plot_run(
         "layers": draw_layers,
         "tasks": draw_tasks,
         "tokens": lambda record: draw_tokens(record, tokens or TokensView()),
+        "scores": draw_scores,
     }
     pictures: dict[str, bytes] = {}
     impossible: dict[str, str] = {}

@@ -37,6 +37,19 @@ class RunRecord:
         return load_routing_log(self.folder.scalings)
 
     @cached_property
+    def scores(self) -> tuple[str, dict[str, dict[str, float]]]:
+        """Metric, and model → task → score, of an evaluation. CannotPlot if there is none, ValueError if damaged."""
+        path = self.folder.evaluation
+        if not path.is_file():
+            raise CannotPlot(f"{self.folder.path} is no evaluation ({path.name})")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            rows = {row: {task: number(v) for task, v in values.items()} for row, values in found["rows"].items()}
+            return str(found["metric"]), rows
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not an evaluation: {error!r}") from None
+
+    @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl. Raises CannotPlot if there are none, ValueError if one is damaged."""
         path = self.folder.metrics

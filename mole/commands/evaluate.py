@@ -1,7 +1,8 @@
 """`mole evaluate`: a table of tasks × the backbone, each expert, their uniform mixture, the oracle, and the mixture."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -14,10 +15,12 @@ from mole.backbones import Backbone
 from mole.config.nodes import RunConfig, chosen_datasets
 from mole.data import DataSplits, Sample
 from mole.evaluation import Table, exact_match, mean_loss, total
+from mole.experts import ExpertLibrary
+from mole.experts.scores import with_score
 from mole.mixtures import MultiExpertModel
 from mole.registry import BACKBONES, DATASETS, config_dataclass
 from mole.routers import TaskConfig, TaskRouter, UniformConfig, UniformRouter
-from mole.run_folder import RunFolder
+from mole.run_folder import RunFolder, write_atomically
 
 Row = Literal["base", "experts", "uniform", "oracle", "mixture"]
 Routed = Callable[[], AbstractContextManager[Any]]
@@ -39,35 +42,80 @@ class Evaluate:
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     allow_other_backbone: bool = False
+    publish_scores: bool = False
     seed: int = 0
     run: RunConfig
 
     def __post_init__(self):
         chosen_datasets(self)
+        if self.publish_scores and self.rows is not None and "experts" not in self.rows:
+            raise ValueError("publish_scores writes scores of experts: take them into rows, or leave rows=null")
 
 
 def run(config: Evaluate) -> float | None:
     """Evaluates every row on every dataset; prints the table, writes evaluation.json, table.md and table.csv.
 
-    Returns the mean of the last row.
+    A run that was stopped goes on with the first score it lacks. Returns the mean of the last row.
     """
     run = RunFolder(config.run.folder)
     backbone = backbones.load(config.backbone)
     model = mixtures.open_model(config.model, backbone, allow_other_backbone=config.allow_other_backbone)
+    library = _library(config, model) if config.publish_scores else None
     datasets = data.load_many(
         chosen_datasets(config), backbone.tokenizer, seed=config.seed, context_length=backbone.context_length
     )
     splits = {name: _samples(name, one, config) for name, one in datasets.items()}
     compared = dict(_rows(model, config.rows))
+    known = dict(Table.read(run.cells).rows) if config.run.resume == "auto" and run.cells.is_file() else {}
     run.update(status="running")
     rows: dict[str, dict[str, float]] = {}
     for row, routed in compared.items():
+        rows[row] = dict(known.get(row, {}))
         with routed():
-            rows[row] = {name: _score(model, samples, backbone, config) for name, samples in splits.items()}
+            for name, samples in splits.items():
+                if name not in rows[row]:
+                    rows[row][name] = _score(model, samples, backbone, config)
+                    write_atomically(run.cells, Table(config.metric, rows).as_json())
     table = Table(config.metric, rows)
     table.write(run)
+    run.cells.unlink(missing_ok=True)
     Console().print(table.rendered())
+    if library is not None:
+        _publish(library, table, model.expert_names, splits, config)
     return table.mean(list(rows)[-1])
+
+
+def _library(config: Evaluate, model: MultiExpertModel) -> ExpertLibrary:
+    """The library that `model` is. Raises ValueError if it is none, LibraryError if it cannot be written."""
+    library = ExpertLibrary.open(config.model)
+    if not library.exists() or not set(model.expert_names) <= set(library.names()):
+        raise ValueError(
+            f"publish_scores: {config.model} is no library; give one as the model, or leave the scores out"
+        )
+    library.check_writable()
+    return library
+
+
+def _publish(
+    library: ExpertLibrary,
+    table: Table,
+    names: Sequence[str],
+    splits: Mapping[str, Sequence[Sample]],
+    config: Evaluate,
+) -> None:
+    """Each expert's scores into its card, all in one batch; one of the same metric, task and split is replaced."""
+    facts = {"metric": table.metric, "split": config.split, "higher_is_better": table.higher_is_better}
+    with library.batch(f"{table.metric} on {', '.join(splits)}") as batch:
+        for name in names:
+            card = library.card(name)
+            rows: Sequence[Mapping[str, Any]] = card.scores
+            for dataset, samples in splits.items():
+                value = table.rows[name][dataset]
+                if math.isfinite(value):
+                    one = {**facts, "value": value, "task": dataset, "dataset": dataset, "examples": len(samples)}
+                    rows = with_score(rows, one)
+            batch.edit_card(name, expect=card.revision, scores=list(rows))
+    print(f"{len(names)} cards of {library.url} have the scores")
 
 
 def _samples(name: str, splits: DataSplits, config: Evaluate) -> Sequence[Sample]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -58,13 +58,20 @@ class Observed:
     def by_sequence(self) -> list[Observed]:
         """The same of each row by itself."""
         rows = [self.sequences == row for row in self.sequences.unique()]
-        values = [getattr(self, field.name) for field in fields(self)]
-        return [Observed(*(None if value is None else value[row] for value in values)) for row in rows]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        present = {name: value for name, value in values.items() if value is not None}
+        return [replace(self, **{name: value[row] for name, value in present.items()}) for row in rows]
 
     @property
     def importance(self) -> Tensor:
         """P [E]."""
         return self.log_p.exp().mean(0)
+
+    @property
+    def expected_load(self) -> Tensor:
+        """Σ_t P(e is chosen) [E]."""
+        assert self.chances is not None
+        return self.chances.sum(0)
 
 
 def _entropy(p: Tensor) -> Tensor:
@@ -89,7 +96,7 @@ def _load_cv2(o: Observed) -> Tensor:
             "the loss load_cv2 needs a router whose choice is noisy: router=top_k with router.noise=normal or learned, "
             "and router.top_k below the number of experts"
         )
-    load = o.chances.sum(0)
+    load = o.expected_load
     return len(load) * (load / load.sum().clamp_min(torch.finfo(load.dtype).tiny)).square().sum() - 1
 
 
@@ -155,10 +162,10 @@ def routing_losses(
     """
     distinct = list({id(routing): routing for routing in routings}.values())
     seen = [_observed(routing, mask, labels) for routing in distinct]
-    return {name: torch.stack([_value(name, one, over, free_bits) for one in seen]).mean() for name in names}
+    return {name: torch.stack([loss_value(name, one, over, free_bits) for one in seen]).mean() for name in names}
 
 
-def _value(name: str, observed: Observed, over: Over, free_bits: float) -> Tensor:
+def loss_value(name: str, observed: Observed, over: Over, free_bits: float = 0.0) -> Tensor:
     """One loss over the whole micro-batch, or its mean over sequences, weighted by their tokens."""
     parts = observed.by_sequence() if over == "sequence" and name in OF_SHARES else [observed]
     values = [LOSSES[name](part) for part in parts]

@@ -64,7 +64,7 @@ class Sums:
 
     def add(self, other: Sums) -> None:
         """Counts `other`, of the same device, in."""
-        for name in (field.name for field in fields(self)):
+        for name in (one.name for one in fields(self)):
             getattr(self, name).add_(getattr(other, name))
 
     def values(self, names: Sequence[str]) -> dict[str, Any]:

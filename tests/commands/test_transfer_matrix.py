@@ -1,0 +1,63 @@
+"""Every expert of a library on every dataset: resumable, published to the cards, drawn as a heat map."""
+
+import json
+import shutil
+
+import pytest
+from walk import SMALL, data, mole
+
+from mole.cli.main import main
+from mole.commands import evaluate
+from mole.experts import ExpertLibrary
+
+
+def words(walk, folder):
+    return [*SMALL, *data("reverse", "shouting"), f"model={walk / 'library'}", f"run.folder={folder}"]
+
+
+def test_a_stopped_evaluation_goes_on_with_the_first_score_it_lacks(walk, tmp_path, monkeypatch):
+    mole("evaluate", *words(walk, tmp_path / "whole"))
+    score, calls = evaluate._score, []
+
+    def counted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise RuntimeError("the machine goes down")
+        return score(*args)
+
+    monkeypatch.setattr(evaluate, "_score", counted)
+    assert main(["evaluate", *words(walk, tmp_path / "run")]) != 0
+    assert len(calls) == 4
+    assert (tmp_path / "run" / "cells.json").is_file()
+    mole("evaluate", "--resume", str(tmp_path / "run"))
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    cells = sum(len(row) for row in found["rows"].values())
+    assert len(calls) == 4 + cells - 3
+    assert found == json.loads((tmp_path / "whole" / "evaluation.json").read_text())
+    assert not (tmp_path / "run" / "cells.json").exists()
+
+
+def test_scores_are_published_to_the_cards_and_replace_those_of_before(walk, tmp_path, capsys):
+    library = shutil.copytree(walk / "library", tmp_path / "library")
+    for run in ("first", "second"):
+        mole("evaluate", *words(tmp_path, tmp_path / run), "publish_scores=true", "rows=[base,experts]")
+    assert "2 cards of" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "second" / "evaluation.json").read_text())["rows"]
+    for name, card in ExpertLibrary.open(str(library)).cards().items():
+        found = {row["dataset"]: row for row in card.scores if (row["metric"], row["split"]) == ("loss", "test")}
+        assert {dataset: row["value"] for dataset, row in found.items()} == rows[name]
+        assert len([row for row in card.scores if row["split"] == "test"]) == 2
+        assert not found["reverse"]["higher_is_better"]
+
+
+def test_scores_are_published_to_libraries_only(walk, tmp_path, capsys):
+    arguments = [*words(walk, tmp_path / "run")[:-2], f"model={walk / 'mixture'}", f"run.folder={tmp_path / 'run'}"]
+    assert main(["evaluate", *arguments, "publish_scores=true"]) == 2
+    assert "is no library" in capsys.readouterr().err
+
+
+def test_the_table_is_drawn_as_a_heat_map(walk, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    mole("evaluate", *words(walk, tmp_path / "run"))
+    mole("plot", str(tmp_path / "run"))
+    assert (tmp_path / "run" / "plots" / "scores.png").stat().st_size > 5000
