@@ -126,7 +126,9 @@ def _choice(override: Override, group: str, chosen: str | None, tree: Tree) -> l
     text = _text(value)
     if group in _ADDRESSES and text not in tree.options(group) and _is_address(text):
         option, key = _ADDRESSES[group]
-        option = _SCHEMES.get(group, {}).get(text.partition("://")[0].lower(), option)
+        scheme, separator, _ = text.partition("://")
+        if separator:
+            option = _SCHEMES.get(group, {}).get(scheme.lower(), option)
         if option in tree.options(group):
             return [f"{group}={option}", f"{group}.{key}={quote(text)}"]
     return [f"{group}={_option(group, text, tree)}"]

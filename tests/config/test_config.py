@@ -271,7 +271,7 @@ class Tree:
         return {
             "adapter": ["ia3", "lora"],
             "dataset": ["glue_rte", "jsonl", "reverse"],
-            "library": ["local"],
+            "library": ["azure", "hub", "local", "s3"],
             "backbone": ["pretrained", "tiny"],
             "merge": ["uniform"],
         }.get(group, [])
@@ -289,7 +289,10 @@ class Tree:
         ("dataset=[jsonl,glue/rte]", ["+dataset@datasets.jsonl=jsonl", "+dataset@datasets.glue_rte=glue_rte"]),
         ("merge=./mine", ["merge={_value_: './mine'}"]),  # no group of this command, but one of another
         ("library=./mine", ["library=local", "library.url='./mine'"]),
-        ("library=hf://me/lib", ["library=local", "library.url='hf://me/lib'"]),
+        ("library=hf://me/lib", ["library=hub", "library.url='hf://me/lib'"]),
+        ("library=s3://bucket/lib", ["library=s3", "library.url='s3://bucket/lib'"]),
+        ("library=az://account/container", ["library=azure", "library.url='az://account/container'"]),
+        ("library=file:///lib", ["library=local", "library.url='file:///lib'"]),
         ("backbone=owner/model", ["backbone=pretrained", "backbone.path='owner/model'"]),
         ("adapter.rank=3", ["adapter.rank=3"]),
         ("+new=1", ["+new=1"]),
