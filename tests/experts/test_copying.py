@@ -154,7 +154,7 @@ def test_no_weights_are_kept_in_memory_or_on_disk_beyond_a_batch(filled, there, 
     real = there.backend.apply
 
     def apply(changes, message, **more):
-        left.append(len([path for path in tmp_path.glob("mole-batch-*/*")]))
+        left.append(len(list(tmp_path.glob("mole-batch-*/*"))))
         real(changes, message, **more)
 
     monkeypatch.setattr(there.backend, "apply", apply)

@@ -41,26 +41,39 @@ class TestBatch:
         class Mine(Exception):
             pass
 
-        with pytest.raises(Mine), filled.batch() as batch:
-            batch.add_expert(make(5), "d")
-            batch.remove_expert("a")
-            raise Mine
+        def body():
+            with filled.batch() as batch:
+                batch.add_expert(make(5), "d")
+                batch.remove_expert("a")
+                raise Mine
+
+        with pytest.raises(Mine):
+            body()
         assert files_below(filled) == before
         filled.add_expert(make(5), "d")
 
     def test_every_expectation_is_checked_before_the_first_change_is_made(self, filled, make):
         other = ExpertLibrary.open(filled.url)
-        with pytest.raises(Conflict), filled.batch() as batch:
-            batch.add_expert(make(5), "new")
-            batch.update_expert("b", make(6))
-            theirs = other.update_expert("b", make(7))
+
+        def body():
+            with filled.batch() as batch:
+                batch.add_expert(make(5), "new")
+                batch.update_expert("b", make(6))
+                other.update_expert("b", make(7), message="theirs")
+
+        with pytest.raises(Conflict):
+            body()
         assert filled.names() == ["a", "b", "c"]
-        assert filled.card("b") == theirs
+        assert filled.card("b").message == "theirs"
 
     def test_a_name_is_changed_once(self, filled, make):
-        with pytest.raises(LibraryError, match="'a' is changed twice"), filled.batch() as batch:
-            batch.remove_expert("a")
-            batch.add_expert(make(5), "a")
+        def body():
+            with filled.batch() as batch:
+                batch.remove_expert("a")
+                batch.add_expert(make(5), "a")
+
+        with pytest.raises(LibraryError, match="'a' is changed twice"):
+            body()
         assert filled.names() == ["a", "b", "c"]
 
     def test_broken_weights_stop_it(self, filled, make, tmp_path):
@@ -69,9 +82,14 @@ class TestBatch:
         make(5).save(tmp_path / "bad")
         weights = tmp_path / "bad" / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1])
-        with pytest.raises(LibraryError), filled.batch() as batch:
-            batch.add_expert(make(6), "fine")
-            batch.add_expert(load_expert(tmp_path / "bad"), "bad")
+
+        def body():
+            with filled.batch() as batch:
+                batch.add_expert(make(6), "fine")
+                batch.add_expert(load_expert(tmp_path / "bad"), "bad")
+
+        with pytest.raises(LibraryError):
+            body()
         assert filled.names() == ["a", "b", "c"]
 
     def test_a_library_that_was_opened_read_only_has_none(self, filled):

@@ -36,6 +36,12 @@ def print_change(action: str, name: str, card: Card, url: str, *, dry_run: bool,
     print_done([row], [told], form)
 
 
+def print_unchanged(name: str, card: Card, url: str, *, form: Format) -> None:
+    """That an expert is what it was asked to become."""
+    row = {"name": name, "action": "equal", "revision": card.revision, "library": url}
+    print_done([row], [f"unchanged: {name} is in {url} at revision {card.revision[:8]}"], form)
+
+
 def print_copies(steps: Sequence[Copied], url: str, *, dry_run: bool, form: Format) -> None:
     """What was copied to `url`, and how many are equal or left alone."""
     rows = [

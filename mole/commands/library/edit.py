@@ -3,7 +3,7 @@
 from dataclasses import asdict, field
 from typing import Literal
 
-from mole.commands.library.done import Format, print_change
+from mole.commands.library.done import Format, print_change, print_unchanged
 from mole.commands.library.opening import open_library
 from mole.experts import LibraryError
 from mole.registry import config_dataclass
@@ -49,10 +49,8 @@ def run(config: LibraryEdit) -> None:
     current, _ = library.expected(config.name, config.expect)
     card = current.edited(**facts)
     if card.revision == current.revision:
-        same = ": the card says that already"
-        print_change("edit", config.name, current, library.url, dry_run=True, form=config.format, more=same)
-        return
+        return print_unchanged(config.name, current, library.url, form=config.format)
     if not config.dry_run:
         card = library.edit_card(config.name, expect=current.revision, message=config.message or "", **facts)
     was = f" (was {current.revision[:8]}): {', '.join(sorted(facts))}"
-    print_change("edit", config.name, card, library.url, dry_run=config.dry_run, form=config.format, more=was)
+    return print_change("edit", config.name, card, library.url, dry_run=config.dry_run, form=config.format, more=was)

@@ -1,6 +1,6 @@
 """`mole library update`: put a newer revision of an expert in the place of the one that is there."""
 
-from mole.commands.library.done import Format, print_change
+from mole.commands.library.done import Format, print_change, print_unchanged
 from mole.commands.library.opening import open_library
 from mole.experts import load_expert
 from mole.registry import config_dataclass
@@ -22,12 +22,10 @@ class LibraryUpdate:
 def run(config: LibraryUpdate) -> None:
     """Replaces the expert, if it is where the new one comes from; prints one line."""
     library, expert = open_library(config.library), load_expert(config.folder)
-    current, _ = library.expected(config.name, config.expect or expert.card.parent)
+    current = library.card(config.name)
     if current.revision == expert.revision:
-        print_change(
-            "update", config.name, current, library.url, dry_run=True, form=config.format, more=": it is there"
-        )
-        return
+        return print_unchanged(config.name, current, library.url, form=config.format)
+    current, _ = library.expected(config.name, config.expect or expert.card.parent)
     message = config.message if config.message is not None else expert.card.message
     card = expert.card.next_after(current, message)
     if config.dry_run:
@@ -35,4 +33,4 @@ def run(config: LibraryUpdate) -> None:
     else:
         card = library.update_expert(config.name, expert, expect=current.revision, message=message)
     was = f" (was {current.revision[:8]})"
-    print_change("update", config.name, card, library.url, dry_run=config.dry_run, form=config.format, more=was)
+    return print_change("update", config.name, card, library.url, dry_run=config.dry_run, form=config.format, more=was)

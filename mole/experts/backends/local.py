@@ -29,6 +29,7 @@ from mole.experts.backends.changes import check_changes, check_revision, note_wr
 from mole.experts.backends.entries import ARTEFACTS, EXPERTS, Entries
 from mole.experts.backends.local_folder import ASIDE, LocalFolder
 from mole.experts.errors import Conflict, Damaged, LibraryError, NoLibrary, ReadOnly, Refused, UnknownExpert
+from mole.experts.schema import README_FILE
 from mole.registry import LIBRARIES, config_dataclass, unknown
 
 _COPIES = 3
@@ -211,7 +212,8 @@ class LocalBackend:
             return sorted(
                 entry.name
                 for entry in self.root.iterdir()
-                if entry.name != ASIDE and (not self._entries.is_name(entry.name) or self._folder.read(entry) is None)
+                if entry.name not in (ASIDE, README_FILE)
+                and (not self._entries.is_name(entry.name) or self._folder.read(entry) is None)
             )
         return []
 
