@@ -29,8 +29,15 @@ class RootForward:
         """Opens the frame of this forward."""
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         outer = self.context.current
+        cache = given.get("past_key_values")
         inputs = RoutingInputs(input_ids=_tensor(given, "input_ids", (2,)), attention_mask=_mask(given))
-        self.context.begin(Frame(inputs=inputs.over(None if outer is None else outer.inputs)))
+        self.context.begin(
+            Frame(
+                inputs=inputs.over(None if outer is None else outer.inputs),
+                generating=cache is not None,
+                goes_on=cache is not None and cache.get_seq_length() > 0,
+            )
+        )
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Closes it, also where the forward failed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,18 +79,48 @@ def moefy(
     targets = find_targets(model, pattern, MoEBlock)
     count = _count(num_experts, init, config)
     config = _settings(config, options, count, causal=reads_left_to_right(model))
-    record: Surgery | None = getattr(model, RECORD, None)
     made: list[Wrapped] = []
     for index, target in enumerate(targets):
         width = input_dim or width_of(target)
         check_calls(target, width, config.route == "images")
         experts, original = _experts(target, count, init, init_noise, seed + index, keep_original)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + index)
-            block = MoEBlock(experts=experts, input_dim=width, config=replace(config, layer_id=target.name))
-        block.train(target.module.training)
-        block.to(device_of(target.module))
-        made.append(Wrapped(target.names, block, width, digest(target.module), original))
+        made.append(_wrapped(target, experts, width, replace(config, layer_id=target.name), seed + index))
+        made[-1].original = original
+    _put(model, made, [told(pattern)])
+    return SurgeryReport(tuple(_row(wrapped) for wrapped in made), _changes(config, init, init_noise))
+
+
+def apply_surgery(
+    model: nn.Module, places: Sequence[tuple[tuple[str, ...], int, MoEConfig]], patterns: Sequence[str]
+) -> Surgery:
+    """Makes blocks at `places` (names, width, configuration with the number of experts) out of copies of what is there.
+
+    Raises ValueError, with nothing changed, where a block is already, or the names are not of one module.
+    """
+    made = []
+    for names, width, config in places:
+        modules = {id(model.get_submodule(name)): model.get_submodule(name) for name in names}
+        (module,) = modules.values() if len(modules) == 1 else (None,)
+        if module is None or any(isinstance(part, MoEBlock) for part in module.modules()):
+            raise ValueError(f"{', '.join(names)}: wanted one module that is no mixture of experts yet")
+        experts = upcycled(module, config.num_experts or 1)
+        made.append(_wrapped(Target(names, module), experts, width, config, seed=0))
+    return _put(model, made, patterns)
+
+
+def _wrapped(target: Target, experts: list[nn.Module], width: int, config: MoEConfig, seed: int) -> Wrapped:
+    """The block that is to stand for the target."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        block = MoEBlock(experts=experts, input_dim=width, config=config)
+    block.train(target.module.training)
+    block.to(device_of(target.module))
+    return Wrapped(target.names, block, width, digest(target.module))
+
+
+def _put(model: nn.Module, made: Sequence[Wrapped], patterns: Sequence[str]) -> Surgery:
+    """Sets the blocks in, with the context of the model."""
+    record: Surgery | None = getattr(model, RECORD, None)
     if record is None:
         record = Surgery(RootForward(model))
         setattr(model, RECORD, record)
@@ -98,9 +128,9 @@ def moefy(
         wrapped.block.context = record.root.context
         for name in wrapped.names:
             replace_module(model, name, wrapped.block)
-    record.patterns.append(told(pattern))
+    record.patterns += patterns
     record.wrapped += made
-    return SurgeryReport(tuple(_row(wrapped) for wrapped in made), _changes(config, init, init_noise))
+    return record
 
 
 def unmoefy(model: nn.Module, keep: str | int = "original") -> None:
@@ -232,15 +262,16 @@ def _changes(config: MoEConfig, init: str | Sequence[nn.Module], noise: float) -
     return tuple(reason for reason, holds in reasons.items() if holds)
 
 
-@torch.no_grad()
 def digest(module: nn.Module) -> str:
     """sha256 over names, dtypes, shapes and bytes of a module's parameters and buffers."""
+    return digest_of([*module.named_parameters(), *module.named_buffers()])
+
+
+@torch.no_grad()
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, dtypes, shapes and bytes."""
     found = hashlib.sha256()
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    for name, tensor in tensors:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(_bytes(tensor))
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

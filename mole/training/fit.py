@@ -58,6 +58,7 @@ def fit(
     seed: int,
     evaluate: Evaluate | None = None,
     extras: Callable[[], dict[str, Any]] | None = None,
+    after_step: Callable[[], None] | None = None,
     resume: bool = False,
 ) -> FitResult:
     """Trains what `model` leaves trainable and leaves it with the best weights, in eval mode.
@@ -65,8 +66,9 @@ def fit(
     `model(**batch)` returns an object with `logits` [B, T, V] (and `auxiliary_loss`, a mean over tokens, if it has
     one); `config` is a command's config, of which the groups training, optimizer, schedule and tracker are read.
     `evaluate(step)` gives metrics by name; it is called on every process, in eval mode, before step 1, as often as
-    `training.evaluate_every` says, and at the end. `extras()` gives what else a logged step has to say. With `resume`,
-    goes on from the newest whole checkpoint of `run`.
+    `training.evaluate_every` says, and at the end. `extras()` gives what else a logged step has to say. `after_step()`
+    is called on every process after each update of the weights. With `resume`, goes on from the newest whole
+    checkpoint of `run`.
 
     Raises ValueError for settings that do not fit, before the first step; TrainingFailed where training cannot go
     on; RunStopped after SIGINT or SIGTERM, the step finished and a checkpoint written; CheckpointError if the end
@@ -97,6 +99,7 @@ def fit(
             progress=progress,
             total=total,
             extras=extras,
+            after_step=after_step,
         )
         seed_streams(seed, accelerator.process_index)
         if not resume:

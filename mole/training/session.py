@@ -58,6 +58,7 @@ class Session:
     progress: TrainingProgress
     total: int
     extras: Callable[[], dict[str, Any]] | None = None
+    after_step: Callable[[], None] | None = None
     counters: Counters = field(default_factory=Counters)
     selection: Selection = field(default_factory=Selection)
     last_metrics: dict[str, float] = field(default_factory=dict)
@@ -100,6 +101,8 @@ class Session:
             census = self._census(batches, stop)
             learner.model.train()
             report = take_step(learner, batches, census, self.settings.clip_norm, first=step == 1)
+            if self.after_step is not None and not report.skipped:
+                self.after_step()
             self._count(report, census, time.monotonic() - started)
             self._log(report)
             if self._due(self.settings.evaluate_every):
