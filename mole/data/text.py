@@ -40,20 +40,17 @@ def load_text(config: TextConfig, tokenizer: Any, *, seed: int, context_length: 
         )
     task = config.task or Path(config.path).stem
     text = read_text(existing_file(config.path))
+    limits = {"train": config.limit, "validation": config.held_out_limit, "test": config.held_out_limit}
     splits: dict[str, list[Encoded] | None] = {}
     for split, (where, stretch) in stretches(text, config, tokenizer).items():
-        splits[split] = None if stretch is None else windows(stretch, tokenizer, config.window, task=task, where=where)
-    for split, wanted in (("validation", config.validation), ("test", config.test)):
-        if isinstance(wanted, int):
-            splits[split] = (splits[split] or [])[:wanted]
-    for split, limit in (
-        ("train", config.limit),
-        ("validation", config.held_out_limit),
-        ("test", config.held_out_limit),
-    ):
-        if splits[split] is not None:
-            splits[split] = spread(splits[split] or [], limit)
-    return assemble(task, dict(splits), max_unsupervised=1.0)
+        if stretch is None:
+            splits[split] = None
+            continue
+        spans = windows(stretch, tokenizer, config.window)
+        wanted = getattr(config, split, None)
+        kept = spread(spans[:wanted] if isinstance(wanted, int) else spans, limits[split])
+        splits[split] = [encoded(span, tokenizer, task, where) for span in kept]
+    return assemble(task, splits, max_unsupervised=1.0)
 
 
 def stretches(text: str, config: TextConfig, tokenizer: Any) -> dict[str, tuple[str, str | None]]:
@@ -93,14 +90,16 @@ def held_out_characters(text: str, wanted: Share | Count, total: int, window: in
     return len(text) - (line_break + 1 if line_break >= 0 else cut)
 
 
-def windows(text: str, tokenizer: Any, window: int, *, task: str, where: str) -> list[Encoded]:
-    """The windows of one stretch of text, in order."""
+def windows(text: str, tokenizer: Any, window: int) -> list[tuple[int, tuple[int, ...]]]:
+    """The windows of one stretch of text, in order: number of the first token, token ids."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    cut = []
-    for begin in range(0, len(ids), window):
-        chosen = tuple(ids[begin : begin + window])
-        sample = Sample(chosen, chosen, task, "", tokenizer.decode(chosen), ())
-        place = f"{where}, tokens {begin} to {begin + len(chosen)}"
-        reason = "" if len(chosen) > 1 else "one token alone has nothing before it"
-        cut.append(Encoded(sample if len(chosen) > 1 else None, False, reason, place, sample.completion))
-    return cut
+    return [(begin, tuple(ids[begin : begin + window])) for begin in range(0, len(ids), window)]
+
+
+def encoded(span: tuple[int, tuple[int, ...]], tokenizer: Any, task: str, where: str) -> Encoded:
+    """The example that a window is."""
+    begin, ids = span
+    sample = Sample(ids, ids, task, "", tokenizer.decode(ids), ())
+    place = f"{where}, tokens {begin} to {begin + len(ids)}"
+    reason = "" if len(ids) > 1 else "one token alone has nothing before it"
+    return Encoded(sample if len(ids) > 1 else None, False, reason, place, sample.completion)
