@@ -61,6 +61,8 @@ def rewrite(words: Sequence[str], tree: Tree, *, sweep: bool = False) -> list[st
     the option that takes addresses, text outside Hydra's grammar is quoted. Raises ValueError for an unknown option, a
     list where one is wanted, and a comma without `sweep`.
     """
+    if not words:
+        return []
     groups = tree.groups()
     done: list[str] = []
     for word in words:
