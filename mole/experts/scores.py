@@ -33,6 +33,12 @@ def with_score(rows: Iterable[Mapping[str, Any]], row: Mapping[str, Any]) -> lis
     return [*kept, new]
 
 
+def current(card: Card) -> list[dict[str, Any]]:
+    """The rows of this revision's weights: those whose `config` is an earlier revision stand beside, for people."""
+    earlier = tuple(row["revision"][:16] for row in card.history)
+    return [row for row in card.scores if row["config"] not in earlier]
+
+
 def best_of(cards: Mapping[str, Card], task: str | None, metric: str, *, split: Any = _ANY, config: Any = _ANY) -> Best:
     """The expert with the best row of this metric and task; of equal ones the first by name.
 
@@ -42,7 +48,7 @@ def best_of(cards: Mapping[str, Card], task: str | None, metric: str, *, split: 
     asked = {key: value for key, value in (("split", split), ("config", config)) if value is not _ANY}
     groups: dict[tuple[Any, Any], dict[str, dict[str, Any]]] = {}
     for name, card in sorted(cards.items()):
-        for row in card.scores:
+        for row in current(card):
             fits = (row["metric"], row["task"]) == (metric, task)
             if fits and all(row[key] == value for key, value in asked.items()):
                 groups.setdefault((row["split"], row["config"]), {})[name] = row

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mole.experts import Card
+from mole.experts.scores import current
 
 COLUMNS = ("name", "backbone", "method", "rank", "tasks", "score", "size", "revision")
 SORTS = ("name", "created", "rank", "parameters", "score", "size")
@@ -48,10 +49,11 @@ def size_text(size: int) -> str:
 
 def best_score(card: Card) -> dict[str, Any] | None:
     """Of the rows with the metric and split of the card's first score, the best."""
-    if not card.scores:
+    rows = current(card)
+    if not rows:
         return None
-    first = card.scores[0]
-    same = [row for row in card.scores if (row["metric"], row["split"]) == (first["metric"], first["split"])]
+    first = rows[0]
+    same = [row for row in rows if (row["metric"], row["split"]) == (first["metric"], first["split"])]
     return (max if first["higher_is_better"] else min)(same, key=lambda row: row["value"])
 
 
