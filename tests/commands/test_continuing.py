@@ -159,3 +159,11 @@ def test_a_run_that_is_resumed_replaces_only_what_it_started_from(library, tmp_p
     else:
         assert "was changed by somebody else" in capsys.readouterr().err
         assert library.card("reverse") == theirs
+
+
+def test_the_best_expert_is_chosen_by_the_scores_of_its_newest_revision(library, tmp_path):
+    assert further(library, tmp_path / "run") == 0
+    card = library.card("reverse")
+    assert len(card.scores) == 2
+    best = library.best("reverse", metric="loss")
+    assert (best.name, best.score) == ("reverse", card.scores[0])
