@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from mole.registry import ROUTERS, config_dataclass
 from mole.routers.base import Combining, Learning, MixtureShape, Placing, Router, dropped
 from mole.routers.float32 import Linear, at_least_float32, without_autocast
+from mole.routers.noise import chances, gumbel, jittered
 from mole.routers.pooling import by_example, mean_of, prompt_of
 from mole.routers.selection import chosen
 from mole.routing import Frame, Routing
@@ -126,10 +127,11 @@ class TopKRouter(Router):
             weights, ids = chosen(scores, config.top_k, normalise=False)
             if config.norm_topk:
                 weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-            chances = (
-                self._chances(logits, *noise) if noise is not None and ids is not None and frame.recording else None
-            )
-        return Routing(weights, ids, logits=logits, chances=chances)
+            odds = None
+            if noise is not None and ids is not None and frame.recording:
+                assert config.top_k is not None
+                odds = chances(logits, *noise, config.top_k)
+        return Routing(weights, ids, logits=logits, chances=odds)
 
     def scores(self, x: Tensor) -> Tensor:
         """z / τ: [B, T, d_in] → [B, T, E]."""
@@ -144,23 +146,14 @@ class TopKRouter(Router):
         """z / τ with this forward's noise; and, of noise that is added to it, z / τ without it and the noise's size."""
         noise = self.config.noise if self.training else None
         if noise == "jitter":
-            x = at_least_float32(x)
-            x = x * torch.empty_like(x).uniform_(1 - self.config.noise_eps, 1 + self.config.noise_eps)
+            x = jittered(at_least_float32(x), self.config.noise_eps)
         logits = self.scores(x)
         if noise == "gumbel":
-            gumbel = -torch.empty_like(logits).exponential_().log()
-            return (logits + gumbel) / self._noise_temperature(frame), None
+            return (logits + gumbel(logits)) / self._noise_temperature(frame), None
         if noise in (None, "jitter"):
             return logits, None
         size = F.softplus(self.noise(x)) if noise == "learned" else logits.new_tensor(1 / self.shape.num_experts)
         return logits + torch.randn_like(logits) * size, (logits, size)
-
-    def _chances(self, noisy: Tensor, clean: Tensor, size: Tensor) -> Tensor:
-        """P(e is among the k best), were its own noise drawn anew: Φ((z_e − the k-th best of the others) / σ)."""
-        assert self.config.top_k is not None
-        best = noisy.topk(self.config.top_k + 1, dim=-1).values
-        last, next_one = best[..., -2:-1], best[..., -1:]
-        return torch.special.ndtr((clean - torch.where(noisy >= last, next_one, last)) / size)
 
     def _noise_temperature(self, frame: Frame) -> Tensor:
         """Of this forward of training: a recomputation finds the one of its forward."""
