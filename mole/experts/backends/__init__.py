@@ -3,6 +3,7 @@
 from mole.experts.backends.backend import Backend, Change, Garbage, Version
 from mole.experts.backends.blob import BlobBackend
 from mole.experts.backends.blob_config import AzureConfig, S3Config
+from mole.experts.backends.hub import HubBackend, HubConfig
 from mole.experts.backends.local import LocalBackend, LocalConfig
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "BlobBackend",
     "Change",
     "Garbage",
+    "HubBackend",
+    "HubConfig",
     "LocalBackend",
     "LocalConfig",
     "S3Config",

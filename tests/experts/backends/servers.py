@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from mole.experts import LocalBackend
+from mole.experts import Backend, LocalBackend
 from mole.experts.backends.blob import BlobBackend
 
 AZURE_KEY = base64.b64encode(b"k" * 64).decode()  # of an account that is made for the tests, and ends with them
-PLACES = ("local", "memory", "s3", "azure")
+PLACES = ("local", "memory", "s3", "azure", "hub", "hub-xet")
 
 _numbers = itertools.count()
 
@@ -75,9 +75,11 @@ def open_place(request, tmp_path):
     """Opens the backend of the test's own empty library of a kind: a new object at each call, one place."""
     made = {}
 
-    def opened(kind: str) -> LocalBackend | BlobBackend:
+    def opened(kind: str) -> Backend:
         if kind == "local":
             return LocalBackend(tmp_path / "lib")
+        if kind.startswith("hub"):
+            return request.getfixturevalue("open_hub")(kind)
         pytest.importorskip("obstore")
         if kind not in made:
             made[kind] = _made(kind, request)
