@@ -47,6 +47,16 @@ _TABLE = (
         ("mole edit-moe outputs/build-moe/<run> library=outputs/library add=[sums]",),
     ),
     Command(
+        "moefy",
+        "modules of a backbone become mixtures of experts, which train",
+        "mix",
+        examples=(
+            r"mole moefy backbone=tiny moe.pattern='model\.layers\.\d+\.mlp' dataset=[arithmetic,reverse] "
+            "training.max_steps=100",
+            r"mole moefy backbone=tiny moe.pattern='.*\.mlp' moe=mixtral train=none",
+        ),
+    ),
+    Command(
         "merge",
         "many experts → one, or a mixture → one expert where that is exact",
         "mix",

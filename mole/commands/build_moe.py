@@ -14,6 +14,7 @@ from pydantic import Field
 from mole import backbones, data, mixtures
 from mole.analysis import MissingExtra, plot_run
 from mole.backbones import Backbone
+from mole.commands.listening import TrainingForwards, listening, texts_of
 from mole.commands.preparing import prepare
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
@@ -131,47 +132,19 @@ def run(config: BuildMoe) -> float | None:
         listener = TrainingForwards(log, config.log_every) if accelerator.is_main_process else None
         model.losses, model.losses_over, model.free_bits = dict(config.losses), config.losses_over, config.free_bits
         statistics = _statistics(config, model) if accelerator.is_main_process else None
-        with _listening(model, listener), _keeping(model, config, datasets):
+        with listening(model, listener), _keeping(model, config, datasets):
             result = _train(config, model, datasets, collate, accelerator, run, statistics=statistics)
     else:
         run.update(status="running")
     if accelerator.is_main_process:
         _log_examples(model, datasets, collate, log, config)
         if len(log):
-            log.flush(run.scalings / "log", overwrite=True, decode=partial(_texts, backbone.tokenizer))
+            log.flush(run.scalings / "log", overwrite=True, decode=partial(texts_of, backbone.tokenizer))
         _keep(config, run, model, backbone, experts, _some_batch(model, datasets, collate), result)
         if result is not None:
             run.update(result=dataclasses.asdict(result))
         _draw(run)
     return result.best_score if result else None
-
-
-class TrainingForwards:
-    """Passes every n-th training forward on to the routing log; evaluations in between are not logged."""
-
-    def __init__(self, log: RoutingLog, every: int | None):
-        self.log, self.every, self.count = log, every, 0
-
-    def record(self, scalings: torch.Tensor, *, phase: str, **facts: Any) -> None:
-        """As `RoutingLog.record`."""
-        if phase != "train" or self.every is None:
-            return
-        if self.count % self.every == 0:
-            self.log.record(scalings, phase=phase, **facts)
-        self.count += 1
-
-
-@contextmanager
-def _listening(model: MultiExpertModel, listener: Any) -> Iterator[None]:
-    """`listener` is told of every forward of the body; None: nobody is."""
-    if listener is None:
-        yield
-        return
-    model.listeners.append(listener)
-    try:
-        yield
-    finally:
-        model.listeners.remove(listener)
 
 
 @contextmanager
@@ -255,13 +228,8 @@ def _log_examples(
     for splits in datasets.values():
         examples = list((splits.validation or splits.train)[: config.log_examples])
         if examples:
-            with _listening(model, log):
+            with listening(model, log):
                 mean_loss(model, examples, collate, batch_size=config.training.batch_size)
-
-
-def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text of each token by itself."""
-    return [tokenizer.decode([token]) for token in ids]
 
 
 def _keep(

@@ -10,7 +10,7 @@ import torch
 from mole.moe.block import MoEBlock
 from torch import Tensor
 
-from mole.moe.statistics import chosen_ids, expert_names
+from mole.moe.statistics import chosen_ids
 
 MOST_PREFIX_TOKENS = 8  # class and register tokens that stand before the patches
 CHANNELS = (1, 3, 4)
@@ -110,7 +110,7 @@ def make_experts_masks(
     """
     if block.last is None:
         raise RuntimeError("no forward yet")
-    return masks_of(chosen_ids(block.last)[row], len(expert_names(block)), image_size, patch_size, num_prefix_tokens)
+    return masks_of(chosen_ids(block.last)[row], block.num_choices, image_size, patch_size, num_prefix_tokens)
 
 
 def masks_of(

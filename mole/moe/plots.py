@@ -11,7 +11,6 @@ import numpy as np
 from mole.moe.block import MoEBlock
 
 from mole.figure import FAINT, INK, LINE, colours, new_figure, panel, png, shortened
-from mole.moe.statistics import expert_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +60,7 @@ def title_of(block: MoEBlock) -> str:
 
 def labels_of(block: MoEBlock) -> list[str]:
     """What its experts are called there: `expert 0`, …, then the null ones."""
-    real, names = len(block.experts), expert_names(block)
+    real, names = len(block.experts), block.choice_names
     return [f"expert {name}" if index < real else NULL.get(name, name) for index, name in enumerate(names)]
 
 

@@ -28,11 +28,6 @@ KEEPS = ("counts", "ids", "weights")
 Labels = Tensor | Sequence[Any]
 
 
-def expert_names(block: MoEBlock) -> list[str]:
-    """Names of the experts in the order of the routing matrix's columns: their numbers, then the null experts'."""
-    return [*(str(index) for index in range(len(block.experts))), *block.config.null_experts]
-
-
 @dataclass
 class BlockStats:
     """What one block routed. Tensors are on the CPU, without graph; counts are exact whole numbers.
@@ -152,7 +147,7 @@ def record_routing(
     titles: dict[int, str] = {}
     for name, block in blocks.items():
         titles[id(block)] = name
-        stats[name] = BlockStats(expert_names(block), len(block.experts))
+        stats[name] = BlockStats(block.choice_names, len(block.experts))
 
     def observe(block: MoEBlock, routing: Routing, mask: Tensor | None) -> None:
         stats[titles[id(block)]].add(counted(block, routing, mask, stats.keep, stats.labels))
@@ -171,7 +166,7 @@ def counted(
     block: MoEBlock, routing: Routing, mask: Tensor | None, keep: str = "counts", labels: Labels | None = None
 ) -> BlockStats:
     """One forward of one block. `mask` [B, T] is true at real tokens."""
-    stats = BlockStats(expert_names(block), len(block.experts))
+    stats = BlockStats(block.choice_names, len(block.experts))
     columns = len(stats.names)
     weights, ids = routing.weights.detach().float().cpu(), chosen_ids(routing).cpu()
     valid = torch.ones(ids.shape[:2], dtype=torch.bool)

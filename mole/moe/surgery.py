@@ -83,7 +83,7 @@ def moefy(
     for index, target in enumerate(targets):
         width = input_dim or width_of(target)
         check_calls(target, width, config.route == "images")
-        experts, original = _experts(target, count, init, init_noise, seed + index, keep_original)
+        experts, original = _experts(target, count + config.shared_experts, init, init_noise, seed + index, keep_original)
         made.append(_wrapped(target, experts, width, replace(config, layer_id=target.name), seed + index))
         made[-1].original = original
     _put(model, made, [told(pattern)])
@@ -103,7 +103,7 @@ def apply_surgery(
         (module,) = modules.values() if len(modules) == 1 else (None,)
         if module is None or any(isinstance(part, MoEBlock) for part in module.modules()):
             raise ValueError(f"{', '.join(names)}: wanted one module that is no mixture of experts yet")
-        experts = upcycled(module, config.num_experts or 1)
+        experts = upcycled(module, (config.num_experts or 1) + config.shared_experts)
         made.append(_wrapped(Target(names, module), experts, width, config, seed=0))
     return _put(model, made, patterns)
 
@@ -164,6 +164,7 @@ def blocks_of(model: nn.Module) -> dict[str, MoEBlock]:
 
 # ---- the parts
 def _count(num_experts: int | None, init: str | Sequence[nn.Module], config: MoEConfig | None) -> int:
+    shared = config.shared_experts if config is not None else 0
     if not isinstance(init, str):
         if num_experts not in (None, len(init) + 1):
             raise ValueError(

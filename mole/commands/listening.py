@@ -1,0 +1,44 @@
+"""Who listens while a command trains or evaluates: every so many training forwards go to the routing log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from mole.routing.log import RoutingLog
+
+
+class TrainingForwards:
+    """Passes every n-th training forward on to the routing log; evaluations in between are not logged."""
+
+    def __init__(self, log: RoutingLog, every: int | None):
+        self.log, self.every, self.count = log, every, 0
+
+    def record(self, scalings: Tensor, *, phase: str, **facts: Any) -> None:
+        """As `RoutingLog.record`."""
+        if phase != "train" or self.every is None:
+            return
+        if self.count % self.every == 0:
+            self.log.record(scalings, phase=phase, **facts)
+        self.count += 1
+
+
+@contextmanager
+def listening(model: Any, listener: Any) -> Iterator[None]:
+    """`listener` is told of every forward of the body; None: nobody is."""
+    if listener is None:
+        yield
+        return
+    model.listeners.append(listener)
+    try:
+        yield
+    finally:
+        model.listeners.remove(listener)
+
+
+def texts_of(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text of each token by itself."""
+    return [tokenizer.decode([token]) for token in ids]
