@@ -24,11 +24,12 @@ from mole.experts.backends.blob_store import TOMBSTONE, BlobStore, Moved, card_k
 from mole.experts.backends.changes import check_changes, check_revision, note_written
 from mole.experts.backends.entries import ARTEFACTS, EXPERTS, Entries
 from mole.experts.card import MAX_CARD_BYTES
-from mole.experts.errors import Conflict, Damaged, NoLibrary, Refused, UnknownExpert
+from mole.experts.errors import Conflict, Damaged, NoLibrary, Refused, UnknownExpert, Unreachable
 from mole.registry import unknown
 
 _AT_ONCE = 8
 _TRIES = 10
+_LOST = 2
 _COPIES = 2
 
 
@@ -210,7 +211,7 @@ class BlobBackend:
     def _swap(self, change: Change, card: Any) -> str:
         """The conditional write, again as long as what is there may be replaced. Gives the version; "" of a removal."""
         key, data = card_key(change.name), TOMBSTONE if card is None else card.to_bytes()
-        for _ in range(_TRIES):
+        for attempt in range(1, _TRIES + 1):
             there, version = self._current(change.name)
             if self._must_be(change, there, version, card):
                 return "" if card is None else version or ""
@@ -219,6 +220,10 @@ class BlobBackend:
             try:
                 written = self._store.replace(key, data, version)
             except Moved:
+                continue
+            except Unreachable:  # the reply may be lost, and the write done: look
+                if attempt > _LOST:
+                    raise
                 continue
             return "" if card is None else written
         raise Conflict(f"{self.url}/{change.name} is written by others all the time; try again")
