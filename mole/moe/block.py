@@ -20,7 +20,7 @@ from mole.moe.balance import block_losses, slot_counts, summed_over_ranks
 from mole.moe.capacity import factor_of, limited
 from mole.moe.config import MoEConfig, losses_of
 from mole.moe.contracts import contract_of
-from mole.moe.dispatch import ExpertPlan, check_backend, dispatched, dispatched_whole, fitness
+from mole.moe.dispatch import ExpertPlan, Fitness, check_backend, dispatched, dispatched_whole, fitness
 from mole.moe.experts import Experts
 from mole.moe.inject import injected
 from mole.moe.latest import Latest
@@ -94,7 +94,7 @@ class MoEBlock(nn.Module):
         self.ledger = Ledger()
         self._takes_mask = len(inspect.signature(self.expert_forward).parameters) > 2
         self._contract: str | None = None
-        self._fitness: dict[str, str] | None = None
+        self._fitness: Fitness | None = None
         check_backend(config.backend, fitness(self._plan(), None))
 
     # ---- to override

@@ -11,23 +11,23 @@ same.
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mole.moe.dispatch import ExpertPlan
+from mole.moe.dispatch.plan import ExpertPlan
+from mole.moe.dispatch.recipes import silent
 from mole.moe.experts import architecture
+from mole.moe.quiet import quietly
 
 logger = logging.getLogger(__name__)
 PROBED = 4  # tokens
 CLOSE = 1e-4  # of the largest output
 COARSE = 5e-2  # the same of half precision
 
-_BY_TOKEN = (nn.Linear, nn.Identity, nn.Dropout, nn.LayerNorm, nn.RMSNorm, nn.Bilinear)
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
 _ACROSS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
@@ -61,9 +61,9 @@ def surely_pointwise(expert: nn.Module) -> bool:
     """Whether an expert is made of nothing but layers that treat each token by itself."""
     if isinstance(expert, nn.Sequential):
         return all(surely_pointwise(part) for part in expert)
-    if type(expert) in _BY_TOKEN:
+    if type(expert) is nn.Linear or (type(expert) in _NORMS and len(expert.normalized_shape) == 1):
         return True
-    return type(expert).__module__ == "torch.nn.modules.activation" and not list(expert.parameters())
+    return silent(expert)
 
 
 def why_not_pointwise(call: Callable[[nn.Module, Tensor], Any], experts: Any, x: Tensor) -> str | None:
@@ -85,7 +85,7 @@ def why_not_pointwise(call: Callable[[nn.Module, Tensor], Any], experts: Any, x:
 
 
 def _probe(call: Callable[[nn.Module, Tensor], Any], expert: nn.Module, x: Tensor) -> str | None:
-    with quietly(expert, x.device):
+    with quietly([expert], x.device):
         tokens = torch.randn(1, PROBED, x.shape[-1], generator=torch.Generator().manual_seed(0)).to(x)
         order = torch.tensor([2, 0, 3, 1], device=x.device)
         try:
@@ -108,19 +108,3 @@ def _close(one: Tensor, other: Tensor) -> bool:
     coarse = torch.finfo(one.dtype).eps > 1e-5 if one.is_floating_point() else False
     size = one.detach().float().abs().max().clamp_min(1.0)
     return bool((one.float() - other.float()).abs().max() <= (COARSE if coarse else CLOSE) * size)
-
-
-@contextmanager
-def quietly(expert: nn.Module, device: torch.device) -> Iterator[None]:
-    """For a look at an expert: eval, no grad, the state of random numbers and each part's mode restored."""
-    modes = [(part, part.training) for part in expert.modules()]
-    devices = [device] if device.type == "cuda" else []
-    python = random.getstate()
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        try:
-            expert.eval()
-            yield
-        finally:
-            random.setstate(python)
-            for part, mode in modes:
-                part.training = mode

@@ -11,6 +11,7 @@ from torch import nn
 
 from mole.moe.config import MoEConfig, counts, from_flat
 from mole.moe.experts import Experts, built, first_width, width_of
+from mole.moe.quiet import quietly
 
 _BESIDE = ("layer_id",)  # flat arguments that go with a whole configuration
 
@@ -63,14 +64,9 @@ def constant_width(expert: nn.Module, call: Any, config: MoEConfig, input_dim: i
         return None
     like = next((p for p in expert.parameters() if p.is_floating_point()), torch.zeros(()))
     shape = (1, 1, input_dim or 1)
-    modes = [(part, part.training) for part in expert.modules()]
     try:
-        expert.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with quietly([expert], like.device):
             out = call(expert, torch.zeros(shape, dtype=like.dtype, device=like.device))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(f"null_experts: constant needs the width of the experts' output: {error}") from None
-    finally:
-        for part, mode in modes:
-            part.training = mode
     return int(out.shape[-1])

@@ -5,19 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from mole.moe.dispatch.fitting import Fitness
+from mole.moe.dispatch.grouped import grouped
 from mole.moe.dispatch.loop import loop
 from mole.moe.dispatch.plan import ExpertPlan
 from mole.moe.dispatch.reference import reference
+from mole.moe.dispatch.stacked import stacked
 from mole.moe.dispatch.vmapped import vmapped
 from mole.moe.dispatch.whole import sequences, zeros
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {"loop": loop, "reference": reference, "vmap": vmapped}
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "loop": loop,
+    "reference": reference,
+    "vmap": vmapped,
+    "grouped": grouped,
+    "stacked": stacked,
+}
+FEW = 32  # rows of an expert, below which a call of its own costs more than they do
 
 
-def pick(plan: ExpertPlan, x: Tensor, k: int, fitness: dict[str, str], limit: int | None) -> str:
-    """The fastest back-end for `x` [N, *in] with k slots for each row."""
+def pick(plan: ExpertPlan, x: Tensor, k: int, fit: Fitness, limit: int | None) -> str:
+    """The fastest back-end for `x` [N, *in], k slots for each row; `limit` rows that no expert exceeds, if known."""
+    if torch.compiler.is_compiling():
+        if fit.can("stacked"):
+            return "stacked"
+        return "vmap" if fit.can("vmap") and limit is not None else "loop"
+    experts, slots = plan.num_experts, len(x) * k
+    if x.dtype == torch.float64 or not fit.can("vmap") or slots < experts:
+        return "loop"
+    if fit.can("grouped") and (slots < FEW * experts or x.device.type == "cuda"):
+        return "grouped"
     return "loop"
 
 
@@ -27,12 +47,12 @@ def dispatched(
     slots: tuple[Tensor, Tensor],
     limit: int | None,
     backend: str,
-    fitness: dict[str, str] | None,
+    fitness: Fitness | None,
 ) -> tuple[Tensor, str]:
     """Σ over the slots (ids and weights [N, K]) of gate · expert, and the name of the back-end that made it."""
     ids, weights = slots
     if backend == "auto":
-        backend = pick(plan, x, ids.shape[1], fitness or {}, limit)
+        backend = pick(plan, x, ids.shape[1], fitness, limit) if fitness is not None else "loop"
     if not len(x) and backend != "reference":
         backend = "loop"
     return BACKENDS[backend](plan, x, ids, weights, limit), backend

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from mole.moe.quiet import quietly
+
 
 @dataclass(frozen=True)
 class ExpertPlan:
@@ -58,14 +60,8 @@ class ExpertPlan:
 
     def nothing(self, x: Tensor) -> Tensor:
         """[0, *out]: what an expert gives for no rows."""
-        with torch.no_grad():
-            modes = [(part, part.training) for part in self.experts[0].modules()]
-            try:
-                self.experts[0].eval()
-                out = self.call(0, x.new_zeros(1, *x.shape[1:]))
-            finally:
-                for part, mode in modes:
-                    part.training = mode
+        with quietly([self.experts[0]], x.device):
+            out = self.call(0, x.new_zeros(1, *x.shape[1:]))
         return out[:0]
 
 

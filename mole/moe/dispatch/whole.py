@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mole.moe.dispatch.plan import ExpertPlan, gated, with_unused
+from mole.moe.quiet import quietly
 
 
 def zeros(plan: ExpertPlan, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -76,12 +77,6 @@ def _empty(plan: ExpertPlan, x: Tensor, leading: int) -> Tensor:
     """Zeros in the shape of an output for x."""
     expert = plan.experts[0]
     like = x if x.numel() else x.new_zeros(*(1,) * leading, *x.shape[leading:])
-    modes = [(part, part.training) for part in expert.modules()]
-    with torch.no_grad():
-        try:
-            expert.eval()
-            out = plan.checked(0, plan.forward(expert, torch.zeros_like(like)), like, leading)
-        finally:
-            for part, mode in modes:
-                part.training = mode
+    with quietly([expert], x.device):
+        out = plan.checked(0, plan.forward(expert, torch.zeros_like(like)), like, leading)
     return out.new_zeros(*x.shape[:leading], *out.shape[leading:])
