@@ -47,7 +47,7 @@ def collect(store: BlobStore, entries: Entries, older_than: timedelta, keep: int
     needed.add(store.rows("cards"))
     before = now - older_than
     old: list[Row] = []
-    for row, wanted in _past(store, keep):
+    for row, wanted in _past(store, needed, keep):
         why = f"an old revision, there since {row.modified:%Y-%m-%d}"
         if wanted or not goes(row, before, why):
             old.append(row)
@@ -62,14 +62,16 @@ def collect(store: BlobStore, entries: Entries, older_than: timedelta, keep: int
     return found
 
 
-def _past(store: BlobStore, keep: int) -> Iterator[tuple[Row, bool]]:
-    """Every old card, and whether it is one of the newest of its name."""
+def _past(store: BlobStore, needed: _Needed, keep: int) -> Iterator[tuple[Row, bool]]:
+    """Every old card, and whether it is one of the newest of its name: as the current card tells, else by its age."""
     names: dict[str, list[Row]] = defaultdict(list)
     for row in store.rows("past"):
         names[row.key.split("/")[1]].append(row)
-    for rows in names.values():
-        newest = sorted(rows, key=lambda row: (row.modified, row.key), reverse=True)
-        yield from ((row, place < keep) for place, row in enumerate(newest))
+    for name, rows in names.items():
+        rows.sort(key=lambda row: (row.modified, row.key), reverse=True)
+        places = needed.histories.get(name, {})
+        rows.sort(key=lambda row: places.get(row.key.split("/")[2].removesuffix(".json"), len(places)))
+        yield from ((row, place < keep) for place, row in enumerate(rows))
 
 
 class _Needed:
@@ -79,6 +81,7 @@ class _Needed:
         self._store, self._entries = store, entries
         self._files: set[str] = set()
         self._names: set[str] = set()
+        self.histories: dict[str, dict[str, int]] = {}  # name → old revision → its place, the newest first
 
     def __call__(self, row: Row) -> bool:
         return row.key in self._files or row.key.split("/")[1] in self._names
@@ -107,4 +110,6 @@ class _Needed:
         except Damaged:
             self._names.add(name)
             return
+        history = getattr(card, "history", ())
+        self.histories.setdefault(name, {row["revision"]: place for place, row in enumerate(history)})
         self._files |= {file_key(name, file, wanted) for file, wanted in card.files.items()}

@@ -24,6 +24,8 @@ TOMBSTONE = b'{"removed": true}'  # shorter than any card, so that the sizes in 
 _CHUNK = 1 << 20
 _WHOLE = 8 << 20  # what is not larger is sent in one request, and is in memory once
 _QUERY = re.compile(r"\?[^\s\"']*")
+_STATUS = re.compile(r"status code: (\d{3})(?: [A-Z][A-Za-z]*)*")
+_CODE = re.compile(r"<Code>([A-Za-z]{1,60})</Code>")
 
 
 class Moved(Exception):
@@ -170,15 +172,25 @@ class BlobStore:
             return
         key = self._probe()
         try:
-            first = self.replace(key, b"1", None)
+            first = self._surely(key, b"1", None)
             self._must_refuse(key, None)
-            self.replace(key, b"2", first)
+            self._surely(key, b"2", first)
             self._must_refuse(key, first)
         except Moved:
             raise Refused(f"{self.url} does not take the ETag that it gave: nothing could be replaced safely") from None
         finally:
             self.delete(key)
         self._obeys.set()
+
+    def _surely(self, key: str, data: bytes, version: str | None) -> str:
+        """As `replace`; when the client has asked again because a reply was lost, it has met its own write."""
+        try:
+            return self.replace(key, data, version)
+        except Moved:
+            found = self.read(key, len(data))
+            if found is None or found[0] != data:
+                raise
+            return found[1]
 
     def _must_refuse(self, key: str, version: str | None) -> None:
         try:
@@ -207,28 +219,33 @@ class BlobStore:
     @contextmanager
     def _answering(self, writing: bool = False) -> Iterator[None]:
         """Turn what the store's client raises into errors that hold no secret."""
-        from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+        from obstore.exceptions import BaseError
 
         try:
             yield
-        except (PermissionDeniedError, UnauthenticatedError) as error:
-            text = _told(error)
-            if writing:
-                raise ReadOnly(f"{self.url} cannot be written with these credentials: {text}") from None
-            raise Unreachable(f"{self.url} cannot be read with these credentials: {text}") from None
-        except BaseError as error:
-            text = _told(error)
-            raise Unreachable(f"{self.url} does not answer as it should: {text}") from None
-        except ValueError as error:
-            if isinstance(error, LibraryError):
+        except (BaseError, ValueError) as error:
+            if isinstance(error, LibraryError) or type(error).__name__ in ("AlreadyExistsError", "PreconditionError"):
                 raise
-            raise Unreachable(f"{self.url}: {_told(error)}") from None
+            status, text = _told(error)
+            if status == 404:
+                raise self._no_bucket() from None
+            if status in (401, 403):
+                what = "written" if writing else "read"
+                kind = ReadOnly if writing else Unreachable
+                raise kind(f"{self.url} cannot be {what} with these credentials: {text}") from None
+            raise Unreachable(f"{self.url} does not answer as it should: {text}") from None
 
 
-def _told(error: BaseException) -> str:
-    """The first line of an error, without queries (they may be signed) and known secrets."""
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return shown(scrub(_QUERY.sub("?…", line)), 300)[1:-1]
+def _told(error: BaseException) -> tuple[int, str]:
+    """The status that a store replied with (0: none), and what happened, without queries: they may be signed.
+
+    What the store's reply said is not passed on, but for its word for the error, such as SlowDown.
+    """
+    text = str(error)
+    status, code = _STATUS.search(text), _CODE.search(text)
+    line = _QUERY.sub("?…", (text[: status.end()] if status else text).strip().partition("\n")[0])
+    line = f"{line} ({code[1]})" if code else line
+    return int(status[1]) if status else 0, shown(scrub(line or type(error).__name__), 400)[1:-1]
 
 
 def card_key(name: str) -> str:

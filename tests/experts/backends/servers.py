@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from breaking_proxy import BreakingProxy
 
 from mole.experts import Backend, LocalBackend
 from mole.experts.backends.blob import BlobBackend
@@ -128,3 +129,26 @@ def store_of(kind: str, address: object, name: str, *, retries: int = 3):
     if kind == "s3":
         return S3Store(name, access_key_id="k", secret_access_key="s", region="us-east-1", **options)
     return AzureStore(name, account_name="molelab", account_key=AZURE_KEY, **options)
+
+
+@pytest.fixture(params=["s3", "azure"])
+def behind_proxy(request):
+    """A proxy before a server, what opens a library behind it, and what opens the same one straight."""
+    kind = request.param
+    server, name = request.getfixturevalue(f"{kind}_server"), f"proxied-{os.getpid()}-{next(_numbers)}"
+    make_bucket(kind, server, name)
+
+    def opened(retries: int = 0, prefix: str = "lib", *, at: str | None = None) -> BlobBackend:
+        store = store_of(kind, at or proxy.address, name, retries=retries)
+        return BlobBackend(store, f"{kind}://here/{prefix}", prefix)
+
+    with BreakingProxy(server) as proxy:
+        yield proxy, opened, lambda: opened(at=server)
+
+
+def make_expert_folders(make, place: Path, number: int) -> list[Path]:
+    """The folders of experts with the seeds from 0."""
+    folders = [place / f"expert-{seed}" for seed in range(number)]
+    for seed, folder in enumerate(folders):
+        make(seed).save(folder)
+    return folders

@@ -1,11 +1,12 @@
 """What is special to a blob store: its keys, tombstones, conditions, deaths and faults at every request, collecting."""
 
 import pickle
+import shutil
 from datetime import timedelta
 
 import pytest
-from breaking_proxy import KINDS, BreakingProxy
-from servers import make_bucket, store_of
+from breaking_proxy import BreakingProxy
+from servers import make_expert_folders, store_of
 
 from mole.experts import Conflict, Damaged, LibraryError, NoLibrary, ReadOnly, Refused, UnknownExpert, read_card
 from mole.experts.backends import Change, blob_garbage, blob_store
@@ -30,11 +31,7 @@ def memory(open_place):
 
 @pytest.fixture
 def folders(make, tmp_path):
-    found = []
-    for seed in range(5):
-        found.append(tmp_path / f"expert-{seed}")
-        make(seed).save(found[-1])
-    return found
+    return make_expert_folders(make, tmp_path, 5)
 
 
 def keys(backend):
@@ -169,72 +166,9 @@ def dies_at(last, late, work, monkeypatch):
     return False
 
 
-@pytest.fixture(params=["s3", "azure"])
-def behind_proxy(request, tmp_path):
-    """A proxy before a server, and what opens a library behind it."""
-    kind = request.param
-    server = request.getfixturevalue(f"{kind}_server")
-    name = f"proxied-{abs(hash(request.node.name)) % 10**8}"
-    make_bucket(kind, server, name)
-    with BreakingProxy(server) as proxy:
-        yield (
-            proxy,
-            lambda retries=0, prefix="lib": BlobBackend(
-                store_of(kind, proxy.address, name, retries=retries), f"{kind}://here/{prefix}", prefix
-            ),
-        )
-
-
-def writes(backend, folders):
-    """Adds, updates and removes, as if each were asked for again after an error; gives the errors."""
-    errors, version = [], None
-
-    def again(call):
-        for _ in range(2):
-            try:
-                return call()
-            except Unreachable as error:
-                errors.append(error)
-        raise AssertionError("the second time does not succeed either")
-
-    again(lambda: backend.publish("mrpc", folders[0]))
-    version = again(lambda: backend.card("mrpc")[1])
-    again(lambda: backend.publish("mrpc", folders[1], version))
-    version = again(lambda: backend.card("mrpc")[1])
-    again(lambda: backend.apply([Change("other", folders[1], None), Change("mrpc", None, version)], "rename"))
-    assert again(lambda: list(backend.cards())) == ["other"]
-    return errors
-
-
-@pytest.mark.parametrize("kind", ["refuse", "lose", "late"])
-def test_after_a_fault_at_any_request_asking_again_succeeds(behind_proxy, folders, tmp_path, kind):
-    proxy, opened = behind_proxy
-    writes(opened(prefix="whole"), folders)
-    requests = len(proxy.seen)
-    assert requests > 25
-    for number in range(1, requests + 1):
-        proxy.watch({number: kind})
-        backend = opened(prefix=f"lib-{number}")
-        writes(backend, folders[:2])
-        assert proxy.hits == 1
-        proxy.watch()
-        assert fetched(backend, "other", tmp_path) == revision(folders[1])
-        assert backend.card("mrpc", revision(folders[0]))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_client_gets_over_faults_by_itself(behind_proxy, folders, tmp_path, kind):
-    proxy, opened = behind_proxy
-    for start in range(3):
-        proxy.watch(dict.fromkeys(range(1 + start, 200, 3), kind))
-        backend = opened(retries=3, prefix=f"lib-{start}")
-        assert writes(backend, folders) == []
-        assert fetched(backend, "other", tmp_path) == revision(folders[1])
-        assert proxy.hits > 8
-
-
+@pytest.mark.parametrize("behind_proxy", ["s3"], indirect=True)  # Azure signs the conditions
 def test_a_store_that_ignores_conditions_is_not_written(behind_proxy, folders):
-    proxy, opened = behind_proxy
+    proxy, opened, _ = behind_proxy
     proxy.deaf = True
     backend = opened()
     with pytest.raises(Refused, match="ignores conditions .* lose each other's work"):
@@ -267,7 +201,7 @@ def test_each_condition_is_tried(memory, folders, monkeypatch, ignored):
 
 
 def test_a_store_is_asked_for_its_conditions_once(behind_proxy, folders):
-    proxy, opened = behind_proxy
+    proxy, opened, _ = behind_proxy
     backend = opened()
     backend.publish("a", folders[0])
     proxy.watch()
@@ -278,7 +212,7 @@ def test_a_store_is_asked_for_its_conditions_once(behind_proxy, folders):
 
 
 def test_a_listing_is_one_request_and_publishing_what_is_there_sends_no_file(behind_proxy, folders):
-    proxy, opened = behind_proxy
+    proxy, opened, _ = behind_proxy
     backend = opened()
     for number in range(3):
         backend.publish(f"e{number}", folders[number])
@@ -301,14 +235,14 @@ def test_a_bucket_that_is_not_there_is_told(request, folders, kind):
 
 
 def test_no_right_to_write_is_told_and_no_secret_with_it(behind_proxy, folders):
-    proxy, opened = behind_proxy
+    proxy, opened, _ = behind_proxy
     backend = opened()
     backend.publish("mrpc", folders[0])
     proxy.always = "deny"
     for call, error in ((backend.cards, Unreachable), (lambda: backend._store.put("x", b"", 0), ReadOnly)):
         with pytest.raises(error, match="with these credentials") as caught:
             call()
-        assert caught.value.__cause__ is None
+        assert "canary" not in str(caught.value)
 
 
 def test_a_signed_address_is_in_no_error(azure_server, folders):
@@ -401,9 +335,13 @@ def old_enough(monkeypatch):
     monkeypatch.setattr(blob_garbage, "LEAST_AGE", timedelta(0))
 
 
-def test_collecting_takes_old_revisions_and_their_files_and_no_others(backend, folders, tmp_path, old_enough):
-    version = None
-    for folder in folders[:4]:
+def test_collecting_takes_old_revisions_and_their_files_and_no_others(backend, make, folders, tmp_path, old_enough):
+    version, card = None, None
+    for folder, seed in zip(folders[:4], (10, 11, 12, 13), strict=True):  # a store's times may be whole seconds
+        shutil.rmtree(folder)
+        expert = make(seed) if card is None else make(seed).with_card(make(seed).card.next_after(card, "next"))
+        expert.save(folder)
+        card = expert.card
         version = backend.publish("mrpc", folder, version)
     backend.remove("gone", backend.publish("gone", folders[4]))
     before = keys(backend)
