@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from pydantic import ValidationError
+
 from mole.experts.errors import LibraryError
 from mole.experts.names import check_name
 from mole.registry import LIBRARIES, unknown
@@ -48,11 +50,15 @@ def open_backend(address: str, settings: Any = None) -> Backend:
 
         return memory_library(address)
     variant = LIBRARIES[kind]
-    if settings is None:
-        return variant.implementation(variant.config(url=address))
-    if settings.name != kind:
+    if settings is not None and settings.name != kind:
         raise LibraryError(f"{shown(address)} is a library of kind {kind}, its settings are for {settings.name}")
-    return variant.implementation(dataclasses.replace(settings, url=address))
+    try:
+        config = variant.config(url=address) if settings is None else dataclasses.replace(settings, url=address)
+    except ValidationError as error:
+        problem = error.errors()[0].get("ctx", {}).get("error", error)
+    else:
+        return variant.implementation(config)
+    raise problem  # alone: pydantic's error repeats the whole address
 
 
 def kind_of(address: str) -> str:

@@ -163,10 +163,10 @@ class HubWriting(HubReading):
         except (transport_error(), ConnectionError, RuntimeError, ValueError) as error:
             causes = list(_causes(error))
             answers = [cause for cause in causes if isinstance(cause, HfHubHTTPError)]
-            if answers:
-                problem = self.refusal(answers[0].response.status_code, answers[0].response.headers)
-            elif isinstance(error, ValueError):
+            if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
                 problem = LibraryError(f"{self.what}: the Hub's client refuses this: {self.clean(str(error))}")
+            elif answers:
+                problem = self.refusal(answers[0].response.status_code, answers[0].response.headers)
             else:
                 problem = self.unreachable(causes[-1])
                 passes = isinstance(causes[-1], (transport_error(), OSError)) or len(causes) == 1
