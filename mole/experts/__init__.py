@@ -5,9 +5,18 @@ Nothing here needs torch before weights are asked for.
 
 from mole.experts.backends import Backend, LocalBackend, LocalConfig
 from mole.experts.batch import Batch
-from mole.experts.by_place import LocalExpertLibrary
+from mole.experts.by_place import HFExpertLibrary, LocalExpertLibrary
 from mole.experts.card import BackboneRef, Card, check_backbone, make_card
-from mole.experts.errors import Conflict, Damaged, LibraryError, NoLibrary, ReadOnly, Refused, UnknownExpert
+from mole.experts.errors import (
+    Conflict,
+    Damaged,
+    LibraryError,
+    NoLibrary,
+    ReadOnly,
+    Refused,
+    UnknownExpert,
+    Unreachable,
+)
 from mole.experts.expert import Expert, describe, load_expert
 from mole.experts.folder import read_card, verified_files, write_card
 from mole.experts.library import ExpertLibrary
@@ -23,6 +32,7 @@ __all__ = [
     "Damaged",
     "Expert",
     "ExpertLibrary",
+    "HFExpertLibrary",
     "LibraryError",
     "LocalBackend",
     "LocalConfig",
@@ -32,6 +42,7 @@ __all__ = [
     "ReadOnly",
     "Refused",
     "UnknownExpert",
+    "Unreachable",
     "check_backbone",
     "check_name",
     "describe",
