@@ -14,6 +14,7 @@ from pydantic import Field
 from mole import backbones, data, mixtures
 from mole.analysis import MissingExtra, plot_run
 from mole.backbones import Backbone
+from mole.commands.feeding import show_first_batch, training_data
 from mole.commands.listening import TrainingForwards, listening, texts_of
 from mole.commands.preparing import prepare
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
@@ -30,7 +31,7 @@ from mole.routing.log import RoutingLog
 from mole.routing.losses import Over, check_losses
 from mole.routing.statistics import RoutingStatistics
 from mole.run_folder import RunFolder
-from mole.training import AnyTraining, FitResult, TrainingData, fit, make_accelerator
+from mole.training import AnyTraining, FitResult, fit, make_accelerator
 
 logger = logging.getLogger(__name__)
 Collate = Callable[[list[Sample]], dict[str, Any]]
@@ -133,7 +134,7 @@ def run(config: BuildMoe) -> float | None:
         model.losses, model.losses_over, model.free_bits = dict(config.losses), config.losses_over, config.free_bits
         statistics = _statistics(config, model) if accelerator.is_main_process else None
         with listening(model, listener), _keeping(model, config, datasets):
-            result = _train(config, model, datasets, collate, accelerator, run, statistics=statistics)
+            result = _train(config, model, datasets, backbone, accelerator, run, statistics=statistics)
     else:
         run.update(status="running")
     if accelerator.is_main_process:
@@ -192,16 +193,20 @@ def _train(
     config: BuildMoe,
     model: MultiExpertModel,
     datasets: dict[str, DataSplits],
-    collate: Collate,
+    backbone: Backbone,
     accelerator: Any,
     run: RunFolder,
     *,
     statistics: RoutingStatistics | None,
 ) -> FitResult:
     train, held_out = (data.joined(datasets.values(), split) for split in ("train", "validation"))
+    collate = partial(data.collate, pad_token_id=backbone.tokenizer.pad_token_id)
+    fed = training_data(train, collate, config.training, config.seed)
+    if accelerator.is_main_process:
+        show_first_batch(fed, config.training, backbone.tokenizer, run)
     return fit(
         model,
-        TrainingData(train, collate, lambda epoch: data.epoch_order(len(train), epoch, seed_for("data", config.seed))),
+        fed,
         config,
         run,
         accelerator=accelerator,

@@ -13,6 +13,7 @@ from mole import adapters, backbones, data, merging
 from mole.adapters import Adapter
 from mole.backbones import Backbone
 from mole.commands import publishing
+from mole.commands.feeding import show_first_batch, training_data
 from mole.commands.publishing import Goal
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
@@ -22,7 +23,7 @@ from mole.experts import Expert, ExpertLibrary, check_backbone, check_name, desc
 from mole.mixtures import experts_of
 from mole.registry import ADAPTERS, BACKBONES, DATASETS, LIBRARIES, OPTIMIZERS, SCHEDULES, TRACKERS, config_dataclass
 from mole.run_folder import RunFolder
-from mole.training import AnyTraining, FitResult, TrainingData, fit, make_accelerator
+from mole.training import AnyTraining, FitResult, fit, make_accelerator
 
 logger = logging.getLogger(__name__)
 Collate = Callable[[list[Sample]], dict[str, Any]]
@@ -107,9 +108,12 @@ def run(config: TrainExpert) -> float | None:
     publishing.begin(goal, run)
     validation = Validation(backbone.model, held_out, collate, config.training.batch_size) if held_out else None
     before = _measured(config, backbone, validation) if config.publish == "if-better" else None
+    fed = training_data(train, collate, config.training, config.seed)
+    if accelerator.is_main_process:
+        show_first_batch(fed, config.training, backbone.tokenizer, run)
     result = fit(
         backbone.model,
-        TrainingData(train, collate, lambda epoch: data.epoch_order(len(train), epoch, seed_for("data", config.seed))),
+        fed,
         config,
         run,
         accelerator=accelerator,

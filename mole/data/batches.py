@@ -20,6 +20,26 @@ def epoch_order(length: int, epoch: int, seed: int) -> list[int]:
     return order
 
 
+WINDOW = 50  # batches whose samples are sorted together
+
+
+def by_length(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[int]:
+    """`order` with samples of like length next to each other, so that batches of `batch_size` hold little padding.
+
+    Sorted within windows of 50 batches only, the batches of a window in an order of their own: training sees no drift
+    from long to short. The same for the same `order`.
+    """
+    shuffled = random.Random(f"batches {len(order)} {order[:1]}")
+    found: list[int] = []
+    for start in range(0, len(order), WINDOW * batch_size):
+        window = sorted(order[start : start + WINDOW * batch_size], key=lambda index: -lengths[index])
+        batches = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+        whole, short = [b for b in batches if len(b) == batch_size], [b for b in batches if len(b) < batch_size]
+        shuffled.shuffle(whole)
+        found += [index for batch in (*whole, *short) for index in batch]
+    return found
+
+
 def collate(samples: Sequence[Sample], pad_token_id: int, padding_side: str = "right") -> dict[str, Any]:
     """One padded batch of B samples, T tokens long (the longest sample).
 

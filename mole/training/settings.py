@@ -22,6 +22,7 @@ class TrainingConfig:
     epochs: Annotated[float, Field(gt=0)] | None = 3.0
     batch_size: Count = 16
     micro_batch_size: Count | None = None
+    group_by_length: bool = False
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

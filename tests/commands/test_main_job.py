@@ -29,7 +29,7 @@ def checkpoints(found: set[str]) -> set[str]:
 # ---- train-expert
 def test_train_expert_leaves_a_run_with_an_expert(walk):
     found = files(walk / "reverse")
-    assert found - checkpoints(found) == {*RUN, *EXPERT, "metrics.jsonl"}
+    assert found - checkpoints(found) == {*RUN, *EXPERT, "metrics.jsonl", "samples.jsonl"}
     facts = json.loads((walk / "reverse" / "run.json").read_text())
     assert facts["status"] == "finished"
     assert facts["result"]["steps"] == 4
@@ -95,7 +95,7 @@ def test_xlora_train_leaves_a_mixture_and_its_log(walk):
     mixture |= {"mixture/mixture.json", "mixture/router.safetensors", "mixture/expert.json", "mixture/README.md"}
     scalings = {name for name in found if name.startswith("scalings/")}
     plots = {name for name in found if name.startswith("plots/")}
-    assert found - checkpoints(found) - scalings - plots == {*RUN, *mixture, "metrics.jsonl"}
+    assert found - checkpoints(found) - scalings - plots == {*RUN, *mixture, "metrics.jsonl", "samples.jsonl"}
     assert "scalings/index.json" in scalings
 
 
