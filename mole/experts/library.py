@@ -227,7 +227,7 @@ class ExpertLibrary:
         plan = copying.plan(chosen, there, on_conflict)
         if not dry_run:
             after = {**there, **{step.name: step.card for step in plan if step.action in copying.WRITTEN}}
-            page = library_readme.page_for(self.backend, after) if readme else None
+            page = library_readme.page_for(self.backend, after) if readme and after != there else None
             copying.carry_out(plan, other, self, message=message, readme=page, progress=progress)
         return plan
 

@@ -10,11 +10,12 @@ import os
 import re
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mole.experts.backends import Backend, LocalBackend
 from mole.experts.card import Card
-from mole.experts.errors import LibraryError
+from mole.experts.errors import LibraryError, NoLibrary
 from mole.experts.readme import escaped
 from mole.experts.schema import README_FILE
 from mole.untrusted import read_file
@@ -54,7 +55,12 @@ def has_page(backend: Backend) -> bool:
 
 def page_for(backend: Backend, cards: Mapping[str, Card]) -> str | None:
     """The page of a library that is about to have these experts; None where there are no pages."""
-    return library_readme(cards, backend.url.partition("@")[0], backend.readme()) if has_page(backend) else None
+    if not has_page(backend):
+        return None
+    before = None
+    with suppress(NoLibrary):  # it is made with its first expert
+        before = backend.readme()
+    return library_readme(cards, backend.url.partition("@")[0], before)
 
 
 def write_page(library: ExpertLibrary, *, dry_run: bool = False) -> str:

@@ -13,13 +13,16 @@ class LibraryClone:
     source: str
     target: str
     history: bool = False
+    create: bool = False
+    private: bool = True
     dry_run: bool = False
     format: Format = "table"
 
 
 def run(config: LibraryClone) -> None:
     """Copies all experts and artefacts; prints a line for each expert."""
-    source, target = open_library(config.source), open_library(config.target)
+    source = open_library(config.source)
+    target = open_library(config.target, create=config.create, private=config.private)
     with progress(f"cloning to {target.url}") as told:
         steps = copying.clone(source, target, history=config.history, dry_run=config.dry_run, progress=told)
     print_copies(steps, target.url, dry_run=config.dry_run, form=config.format)

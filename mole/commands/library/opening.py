@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from mole.experts import ExpertLibrary
+from mole.experts.address import kind_of
 
 
 def cache_dir() -> Path:
@@ -13,6 +14,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mole"
 
 
-def open_library(address: str) -> ExpertLibrary:
-    """The library at an address, with the user's cache."""
-    return ExpertLibrary.open(address, cache_dir=cache_dir())
+def open_library(address: str, *, create: bool = False, private: bool = True) -> ExpertLibrary:
+    """The library at an address, with the user's cache; `create` lets writing make a repository on the Hub."""
+    settings = None
+    if create and kind_of(address) == "hub":
+        from mole.experts.backends.hub import HubConfig
+
+        settings = HubConfig(url=address, create=True, private=private)
+    return ExpertLibrary.open(address, settings=settings, cache_dir=cache_dir())

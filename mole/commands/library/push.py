@@ -25,6 +25,8 @@ class LibraryPush:
     where: Where = field(default_factory=Where)
     on_conflict: Literal["fail", "skip", "replace"] = "fail"
     readme: bool = True
+    create: bool = False
+    private: bool = True
     message: str = ""
     dry_run: bool = False
     format: Format = "table"
@@ -32,7 +34,8 @@ class LibraryPush:
 
 def run(config: LibraryPush) -> None:
     """Copies what differs and prints a line for each expert; `dry_run` says what would be done."""
-    copy(config, open_library(config.local), open_library(config.remote), readme=config.readme)
+    target = open_library(config.remote, create=config.create, private=config.private)
+    copy(config, open_library(config.local), target, readme=config.readme)
 
 
 def copy(config: "LibraryPush | LibraryPull", source: ExpertLibrary, target: ExpertLibrary, *, readme: bool) -> None:
