@@ -92,6 +92,11 @@ def without_common_start(names: Sequence[str]) -> tuple[str, list[str]]:
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG, cut to what is drawn; no version or date in it."""
+    return picture(figure, "png")
+
+
+def picture(figure: Figure, kind: str) -> bytes:
+    """The figure as a file of that kind (png, svg, pdf)."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
@@ -101,7 +106,8 @@ def png(figure: Figure) -> bytes:
             text.set_text(showable(text.get_text(), family))
             text.set_fontfamily([name for name, _ in _fonts(family)])
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
+    undated = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}[kind]
+    figure.savefig(buffer, format=kind, dpi=DPI, bbox_inches="tight", pad_inches=0.15, metadata={undated: None})
     return buffer.getvalue()
 
 

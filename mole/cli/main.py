@@ -93,6 +93,22 @@ _TABLE = (
     Command(
         "plot", "pictures of a run, from its logs alone", "look", ("run",), ("mole plot outputs/xlora-train/<run>",)
     ),
+    Command(
+        "plot experts-load",
+        "how many tokens each expert of a run got, by layer and position",
+        "look",
+        ("run",),
+        ("mole plot experts-load outputs/moefy/<run> layer=all",),
+        module="mole.commands.plot_experts_load",
+    ),
+    Command(
+        "plot image-routing",
+        "an image on its way through a vision model's mixtures of experts",
+        "look",
+        ("model", "image"),
+        ("mole plot image-routing outputs/vit photo.png patch_size=16",),
+        module="mole.commands.plot_image_routing",
+    ),
     Command("quickstart", "the whole way on generated tasks: minutes, and nothing to download", "look", script=True),
     Command("library list", "the experts of a library", "keep", ("library",)),
     Command("library similar", "which experts of a library are alike, from their weights alone", "keep", ("library",)),
@@ -118,6 +134,13 @@ _TABLE = (
     Command("library rename", "give an expert another name", "keep", ("library", "old", "new")),
     Command("library history", "the revisions of an expert", "keep", ("library", "name")),
     Command("library restore", "put an old revision on top again", "keep", ("library", "name")),
+    Command(
+        "library convert",
+        "a trained mixture → what can be uploaded of it",
+        "keep",
+        ("mixture", "library"),
+        ("mole library convert outputs/build-moe/<run> outputs/library as=mixture name=all-tasks",),
+    ),
     Command("library remove", "take experts out of a library", "keep", ("library", "names…")),
     Command("library push", "copy what differs to another library, such as the Hub", "keep", ("local", "remote")),
     Command("library pull", "copy what differs from another library", "keep", ("remote", "local")),
@@ -189,13 +212,13 @@ def _main(words: list[str], commands: Mapping[str, Command]) -> int:
         return _complete(os.environ.get("COMP_LINE", ""), commands)
     if words[0] == "completion":
         return _completion(words[1:])
-    families = {name.partition(" ")[0] for name in commands if " " in name}
+    families = {name.partition(" ")[0] for name in commands if " " in name} - set(commands)
     if words[0] in families and (len(words) == 1 or words[1] in ("-h", "--help")):
         from mole.cli import help as texts
 
         print(texts.overview(commands, words[0]))
         return 0
-    size = 2 if words[0] in families else 1
+    size = 2 if words[0] in families or " ".join(words[:2]) in commands else 1
     name = " ".join(words[:size])
     if name not in commands:
         return _fail([_unknown_command(name, commands)])

@@ -86,7 +86,8 @@ def save(model: nn.Module, folder: str | Path, *, whole: bool | None = None, rep
     }
     told = getattr(getattr(model, "config", None), "to_json_string", None)
     if told is not None:
-        files[CONFIG] = told(use_diff=False).encode()
+        node = {**json.loads(told(use_diff=False)), "architectures": [type(model).__name__]}
+        files[CONFIG] = (json.dumps(node, indent=1, sort_keys=True) + "\n").encode()
 
     def fill(target: Path) -> None:
         for name, data in files.items():

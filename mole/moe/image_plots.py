@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from mole.moe.block import MoEBlock
 from torch import Tensor, nn
 
 from mole.figure import INK, MissingExtra, new_figure, panel
+from mole.moe.block import MoEBlock
 from mole.moe.images import as_images, masks_of, shown
 from mole.moe.plots import head, labels_of, palette, shown_if, title_of
 from mole.moe.statistics import chosen_ids

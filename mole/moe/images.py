@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from mole.moe.block import MoEBlock
 from torch import Tensor
 
+from mole.moe.block import MoEBlock
 from mole.moe.statistics import chosen_ids
 
 MOST_PREFIX_TOKENS = 8  # class and register tokens that stand before the patches

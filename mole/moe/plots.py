@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from mole.moe.block import MoEBlock
 
 from mole.figure import FAINT, INK, LINE, colours, new_figure, panel, png, shortened
+from mole.moe.block import MoEBlock
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,8 +99,22 @@ def shown_if(figure: Figure, show: bool) -> Figure:
 
 
 # ---- drawing
-def draw_loads(counts: np.ndarray, labels: Sequence[str], title: str, subtitle: str, *, nulls: int = 0) -> Figure:
-    """A figure of `counts` [E', T]; the last `nulls` experts are null ones."""
+def draw_loads(
+    counts: np.ndarray,
+    labels: Sequence[str],
+    title: str,
+    subtitle: str,
+    *,
+    nulls: int = 0,
+    unit: str = "tokens",
+    ticks: Sequence[str] | None = None,
+    x_label: str = "position",
+    nulls_across: int | None = None,
+) -> Figure:
+    """A figure of `counts` [rows, columns], one axis per row: experts by position, whose last `nulls` are null ones.
+
+    Or layers by expert: `ticks` name the columns, of which the last `nulls_across` are null ones.
+    """
     experts, positions = counts.shape
     across = min(ACROSS, experts)
     down = -(-experts // across)
@@ -108,28 +122,34 @@ def draw_loads(counts: np.ndarray, labels: Sequence[str], title: str, subtitle: 
     top = down * step_y + 0.35
     figure = new_figure(across * step_x + 0.75, top + 0.75)
     most = max(float(counts.max(initial=0)), 1e-9)
-    for expert, colour in enumerate(palette(experts, nulls)):
+    shades = palette(experts, nulls) if nulls_across is None else [palette(positions, nulls_across)] * experts
+    for expert, colour in enumerate(shades):
         row, column = divmod(expert, across)
         axes = panel(figure, 0.65 + column * step_x, top - (row + 1) * step_y + 0.2, WIDTH, HEIGHT)
         axes.bar(np.arange(positions), counts[expert], width=1.0 if positions > 40 else 0.85, color=colour, linewidth=0)
         axes.set_xlim(-0.5, max(positions, 1) - 0.5)
         axes.set_ylim(0, most * 1.05)
         share = counts[expert].sum() / max(float(counts.sum()), 1e-9)
-        axes.set_title(f"{shortened(labels[expert], 20)}  {share:.1%}", fontsize=9.5, loc="left", color=INK, pad=4)
-        _plain(axes, whole_x=True)
+        name = shortened(labels[expert], 20) + (f"  {share:.1%}" if nulls_across is None else "")
+        axes.set_title(name, fontsize=9.5, loc="left", color=INK, pad=4)
+        _plain(axes, whole_x=ticks is None)
+        if ticks is not None:
+            axes.set_xticks(range(positions), ticks)
         if column:
             axes.tick_params(labelleft=False)
         else:
-            axes.set_ylabel("tokens", fontsize=9, color=INK)
+            axes.set_ylabel(unit, fontsize=9, color=INK)
         if expert + across < experts:
             axes.tick_params(labelbottom=False)
         else:
-            axes.set_xlabel("position", fontsize=9, color=INK)
+            axes.set_xlabel(x_label, fontsize=9, color=INK)
     head(figure, title, subtitle)
     return figure
 
 
-def draw_totals(counts: np.ndarray, labels: Sequence[str], title: str, subtitle: str, *, nulls: int = 0) -> Figure:
+def draw_totals(
+    counts: np.ndarray, labels: Sequence[str], title: str, subtitle: str, *, nulls: int = 0, unit: str = "tokens"
+) -> Figure:
     """A figure of `counts` [E'], with a line at the even share of the real experts."""
     experts = len(counts)
     each = 0.75 if experts <= 16 else 0.42
@@ -150,7 +170,7 @@ def draw_totals(counts: np.ndarray, labels: Sequence[str], title: str, subtitle:
                     ha="right" if turned else "center", rotation_mode="anchor" if turned else "default")  # fmt: skip
     axes.set_ylim(0, max(float(counts.max(initial=0)), even, 1e-9) * 1.12)
     axes.set_xlim(-0.6, experts - 0.4)
-    axes.set_ylabel("tokens", fontsize=9, color=INK)
+    axes.set_ylabel(unit, fontsize=9, color=INK)
     _plain(axes, whole_x=False)
     head(figure, title, subtitle)
     return figure

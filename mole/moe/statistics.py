@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from mole.moe.block import MoEBlock
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mole.moe.block import MoEBlock
 from mole.registry import unknown
 from mole.routing import Routing
 

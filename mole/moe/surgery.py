@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from mole.moe.block import MoEBlock
 from torch import Tensor, nn
 
 from mole.backbones.modules import device_of, reads_left_to_right, replace_module
+from mole.moe.block import MoEBlock
 from mole.moe.config import MoEConfig, from_flat
 from mole.moe.experts import upcycled
 from mole.moe.forwards import RootForward
@@ -83,7 +83,8 @@ def moefy(
     for index, target in enumerate(targets):
         width = input_dim or width_of(target)
         check_calls(target, width, config.route == "images")
-        experts, original = _experts(target, count + config.shared_experts, init, init_noise, seed + index, keep_original)
+        every = count + config.shared_experts
+        experts, original = _experts(target, every, init, init_noise, seed + index, keep_original)
         made.append(_wrapped(target, experts, width, replace(config, layer_id=target.name), seed + index))
         made[-1].original = original
     _put(model, made, [told(pattern)])
@@ -166,11 +167,10 @@ def blocks_of(model: nn.Module) -> dict[str, MoEBlock]:
 def _count(num_experts: int | None, init: str | Sequence[nn.Module], config: MoEConfig | None) -> int:
     shared = config.shared_experts if config is not None else 0
     if not isinstance(init, str):
-        if num_experts not in (None, len(init) + 1):
-            raise ValueError(
-                f"init: {len(init)} models beside this one make {len(init) + 1} experts, not {num_experts}"
-            )
-        return len(init) + 1
+        count = len(init) + 1 - shared
+        if num_experts not in (None, count):
+            raise ValueError(f"init: {len(init)} models beside this make {count} experts, not {num_experts}")
+        return count
     if init not in ("copy", "fresh"):
         raise ValueError(f"init={init!r}: known are copy, fresh, or a list of models")
     said = config.num_experts if config is not None else None

@@ -66,17 +66,15 @@ def fit(
     `model(**batch)` returns an object with `logits` [B, T, V] (and `auxiliary_loss`, a mean over tokens, if it has
     one); `config` is a command's config, of which the groups training, optimizer, schedule and tracker are read.
     `evaluate(step)` gives metrics by name; it is called on every process, in eval mode, before step 1, as often as
-    `training.evaluate_every` says, and at the end. `extras()` gives what else a logged step has to say. `after_step()`
-    is called on every process after each update of the weights. With `resume`, goes on from the newest whole
-    checkpoint of `run`.
+    `training.evaluate_every` says, and at the end. `extras()` gives what else a logged step has to say; `after_step()`
+    follows each update of the weights, on every process. With `resume`, goes on from the newest whole checkpoint.
 
     Raises ValueError for settings that do not fit, before the first step; TrainingFailed where training cannot go
     on; RunStopped after SIGINT or SIGTERM, the step finished and a checkpoint written; CheckpointError if the end
     state could not be written.
     """
     settings, main = config.training, accelerator.is_main_process
-    layout = plan_layout(settings, accelerator.num_processes)
-    stream = SampleStream(data, layout)
+    stream = SampleStream(data, plan_layout(settings, accelerator.num_processes))
     total = total_steps(settings, len(data.train))
     learner = build_learner(model, config, accelerator, total)
     with ExitStack() as stack:
@@ -86,8 +84,6 @@ def fit(
         stack.enter_context(streams_kept())
         stack.enter_context(gradient_checkpointing(model, settings.gradient_checkpointing))
         stop = stack.enter_context(StopRequest())
-        track = stack.enter_context(tracking(config.tracker, run.path, main))
-        progress = stack.enter_context(TrainingProgress(total, main))
         session = Session(
             learner=learner,
             stream=stream,
@@ -95,8 +91,8 @@ def fit(
             evaluate=evaluate,
             metrics=MetricsFile(run.metrics, main),
             saver=Saver(run, learner, settings.keep_checkpoints),
-            track=track,
-            progress=progress,
+            track=stack.enter_context(tracking(config.tracker, run.path, main)),
+            progress=stack.enter_context(TrainingProgress(total, main)),
             total=total,
             extras=extras,
             after_step=after_step,
