@@ -90,7 +90,7 @@ def run(config: Merge) -> float:
     target = ExpertLibrary.open(config.target) if config.target is not None else None
     if target is not None:
         target.check_free(config.name)
-    merged, expert = _from_library(config) if config.mixture is None else _from_mixture(config, config.mixture)
+    merged, expert = _from_library(config) if config.mixture is None else from_mixture(config, config.mixture)
     run.update(status="running")
     expert.save(run.expert)
     layers = [layer.as_data() for layer in merged.layers]
@@ -140,7 +140,8 @@ def _backbone_for(config: Merge, cards: Mapping[str, Card]) -> Backbone | None:
     return backbone
 
 
-def _from_mixture(config: Merge, place: str) -> tuple[Merged, Expert]:
+def from_mixture(config: Merge, place: str) -> tuple[Merged, Expert]:
+    """The mixture at `place` as one expert. Raises ValueError where no single expert does the same."""
     folder = mixtures.mixture_folder(place)
     backbone = backbones.load(config.backbone)
     model = mixtures.load_mixture(folder, backbone, allow_other_backbone=config.allow_other_backbone)

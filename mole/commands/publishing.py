@@ -35,7 +35,7 @@ def goal(config: Any, run: RunFolder) -> Goal | None:
     """
     if config.library is None:
         return None
-    library = ExpertLibrary.open(config.library.url)
+    library = ExpertLibrary.open(config.library.url, settings=config.library)
     name = _continued(config)
     if name is None:
         if config.publish != "always":

@@ -2,10 +2,10 @@
 
 from mole.mixtures.adapter_mixture import MixtureLayer
 from mole.mixtures.banks import LoraBank
-from mole.mixtures.files import Origin, load_mixture, origins_of, save_mixture
+from mole.mixtures.files import Origin, experts_in, load_mixture, origins_of, save_mixture
 from mole.mixtures.listening import own_statistics
 from mole.mixtures.model import MultiExpertModel
-from mole.mixtures.opening import experts_of, mixture_folder, mixture_of, open_model, pinned
+from mole.mixtures.opening import experts_of, mixture_folder, mixture_of, open_model, pinned, referred
 from mole.mixtures.two_pass.cache import TwoStreamCache
 from mole.mixtures.wrapping import MixtureOptions
 
@@ -16,6 +16,7 @@ __all__ = [
     "MultiExpertModel",
     "Origin",
     "TwoStreamCache",
+    "experts_in",
     "experts_of",
     "load_mixture",
     "mixture_folder",
@@ -24,5 +25,6 @@ __all__ = [
     "origins_of",
     "own_statistics",
     "pinned",
+    "referred",
     "save_mixture",
 ]

@@ -14,7 +14,7 @@ Nothing in it names a class: the router is a registry name with fields, checked 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from dataclasses import replace as replaced
 from pathlib import Path
@@ -112,10 +112,16 @@ def save_mixture(
 
 
 def load_mixture(
-    folder: str | Path, backbone: Backbone, *, kernel: str = "auto", allow_other_backbone: bool = False
+    folder: str | Path,
+    backbone: Backbone,
+    *,
+    kernel: str = "auto",
+    allow_other_backbone: bool = False,
+    find: Callable[[Origin], Adapter] | None = None,
 ) -> MultiExpertModel:
     """The mixture in `folder` on `backbone`, in eval mode, with nothing trainable.
 
+    `find` gives the experts that the mixture only refers to.
     Each file is read once and checked against the card. Raises Damaged or Refused for what is not a mixture as
     written, ValueError if it was made for another backbone.
     """
@@ -126,6 +132,9 @@ def load_mixture(
     experts = {}
     for index, origin in enumerate(description.experts):
         stem = f"expert-{index:03d}"
+        if find is not None and not {f"{stem}.json", f"{stem}.safetensors"} & set(files):
+            experts[origin.name] = find(origin)
+            continue
         if f"{stem}.json" not in files or f"{stem}.safetensors" not in files:
             raise Damaged(f"{folder}: the files of expert {origin.name!r} ({stem}.*) are missing")
         config = files[f"{stem}.json"]
@@ -147,6 +156,21 @@ def load_mixture(
     state = safetensors_tensors(files[ROUTER], f"{folder / ROUTER}", dtypes=STATE) if ROUTER in files else {}
     _load_router(model, state, folder)
     return model.eval()
+
+
+def experts_in(folder: str | Path) -> dict[str, tuple[Origin, dict[str, bytes]]]:
+    """Expert name → its origin and the bytes of its files under an expert's names; no files where it is only named."""
+    folder = Path(folder)
+    _, files = read_checked(folder)
+    found = {}
+    for index, origin in enumerate(_described(files[MIXTURE], f"{folder / MIXTURE}").experts):
+        stem = f"expert-{index:03d}"
+        if config := files.get(f"{stem}.json"):
+            own = {adapter_files.config_name(config): config, adapter_files.WEIGHTS: files[f"{stem}.safetensors"]}
+            found[origin.name] = origin, own
+        else:
+            found[origin.name] = origin, {}
+    return found
 
 
 def origins_of(folder: str | Path) -> dict[str, Origin]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mole.adapters import Adapter
 from mole.backbones import Backbone
-from mole.experts import Expert, ExpertLibrary, check_backbone, load_expert
+from mole.experts import Expert, ExpertLibrary, LibraryError, check_backbone, load_expert
+from mole.experts.address import split_expert
 from mole.experts.folder import has_card, read_card
 from mole.mixtures.exploding import exploded, parent_of
 from mole.mixtures.files import Origin, load_mixture
@@ -28,16 +32,54 @@ def open_model(place: str, backbone: Backbone, *, allow_other_backbone: bool = F
     """
     folder = Path(place).expanduser()
     if (mixture := _mixture_in(folder)) is not None:
-        return load_mixture(mixture, backbone, allow_other_backbone=allow_other_backbone)
+        home = mixture.parent  # of a mixture that lies in a library, which has the experts that it refers to
+        find = partial(referred, ExpertLibrary.open(str(home))) if (home / ".mole").is_dir() else None
+        return load_mixture(mixture, backbone, allow_other_backbone=allow_other_backbone, find=find)
     if _is_library(folder):
         library = ExpertLibrary.open(place)
         experts = experts_of(library, [name for name, card in library.cards().items() if card.kind == "adapter"])
     else:
         expert = load_expert(place)
+        if expert.card.kind == "mixture":
+            return _from_library(expert, split_expert(place)[0], backbone, allow_other_backbone)
         experts = {expert.card.tasks[0] if expert.card.tasks else "expert": expert}
     return mixture_of(
         experts, backbone, UniformConfig(), train="none", allow_other_backbone=allow_other_backbone
     ).eval()
+
+
+def _from_library(expert: Expert, address: str, backbone: Backbone, allow_other_backbone: bool) -> MultiExpertModel:
+    """The mixture that lies in the library at `address`; experts that it refers to are looked for there."""
+    library = ExpertLibrary.open(address)
+    with tempfile.TemporaryDirectory(prefix="mole-mixture-") as place:
+        expert.write_into(Path(place))
+        find = partial(referred, library)
+        return load_mixture(place, backbone, allow_other_backbone=allow_other_backbone, find=find)
+
+
+def referred(library: ExpertLibrary, origin: Origin) -> Adapter:
+    """The expert that a mixture refers to: by its content, under whatever name it has now.
+
+    Raises LibraryError, with both revisions, if it is there no more.
+    """
+    where = library if origin.library is None else ExpertLibrary.open(origin.library)
+    name = parent_of(origin.name)
+    cards = where.cards()
+    same = [known for known in (name, *cards) if known in cards and cards[known].content == origin.content]
+    if same:
+        return where.get_expert(same[0]).adapter
+    wanted = origin.revision[:8] if origin.revision else "unknown"
+    try:
+        old = where.get_expert(name, origin.revision)
+    except LibraryError as error:
+        now = f"is at revision {cards[name].revision[:8]} now" if name in cards else "is gone"
+        raise LibraryError(
+            f"the mixture was made with {name!r} of {where.url} at revision {wanted}, which {now}; publish "
+            "mixtures with embed=true to keep their experts with them"
+        ) from error
+    if old.card.content != origin.content:
+        raise LibraryError(f"{where.url}/{name}@{wanted} has other content than the mixture was made with")
+    return old.adapter
 
 
 def mixture_folder(place: str) -> Path:

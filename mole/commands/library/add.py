@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from mole.commands.library.naming import own_name
-from mole.experts import ExpertLibrary, load_expert
+from mole.commands.library.opening import open_library
+from mole.experts import load_expert
 from mole.registry import config_dataclass
 
 
@@ -29,7 +30,7 @@ def run(config: LibraryAdd) -> None:
     changes = {key: value for key, value in given.items() if value is not None}
     expert = expert.with_card(expert.card.edited(**changes)) if changes else expert
     name = config.name or own_name(expert, Path(config.folder).expanduser().absolute().name)
-    library = ExpertLibrary.open(config.library)
+    library = open_library(config.library)
     told = f"{name} to {library.url}, revision {expert.revision[:8]}"
     if library.exists() and name in library and library.card(name).revision == expert.revision:
         print(f"unchanged: {name} is in {library.url} at revision {expert.revision[:8]}")

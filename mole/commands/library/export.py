@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mole.experts import ExpertLibrary
-from mole.experts.exporting import Form, export, export_map
+from mole.commands.library.opening import open_library
+from mole.experts.exporting import Form, export, export_map, files_of
 from mole.experts.filters import keep
 from mole.registry import config_dataclass
 
@@ -41,7 +41,7 @@ class LibraryExport:
 
 def run(config: LibraryExport) -> None:
     """Writes the folder or the file, whole or not at all; prints one line."""
-    library = ExpertLibrary.open(config.library)
+    library = open_library(config.library)
     dest = Path(config.dest).expanduser()
     if config.format == "adapter-weights":
         cards = keep(library.cards(), {"names": config.name})
@@ -54,8 +54,6 @@ def run(config: LibraryExport) -> None:
         form = Form(config.format, config.dtype, config.card, config.model_type, config.width)
         told = f"{config.name}, revision {expert.revision[:8]}, as {config.format} to {dest}"
         if config.dry_run:
-            from mole.experts.exporting import files_of
-
             told += f" ({', '.join(files_of(expert, config.name, form))})"
         else:
             export(expert, config.name, dest, form)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mole.commands.library.naming import own_name
-from mole.experts import ExpertLibrary
+from mole.commands.library.opening import open_library
 from mole.experts.importing import Hints, import_expert
 from mole.registry import config_dataclass
 
@@ -37,7 +37,7 @@ def run(config: LibraryImport) -> None:
     facts = {key: getattr(config, key) for key in ("tasks", "tags", "license", "description", "message")}
     expert = import_expert(config.source, layout=config.from_, hints=hints, **facts)
     name = config.name or own_name(expert, expert.card.derived_from[0]["name"] or "")
-    library = ExpertLibrary.open(config.library)
+    library = open_library(config.library)
     adapter = expert.card.adapter or {}
     what = f"{adapter['method']}, {adapter['parameters']:,} parameters, for {expert.card.backbone.name}"
     told = f"{name} ({what}) to {library.url}, revision {expert.revision[:8]}"
