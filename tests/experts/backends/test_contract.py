@@ -214,7 +214,7 @@ def test_of_eight_writers_of_one_name_one_wins_and_the_others_are_told(reopen, f
         version = None
     outcomes = at_once([lambda seed=seed: reopen().publish("mrpc", folders(seed), version) for seed in range(8)])
     losers = [outcome for outcome in outcomes if isinstance(outcome, Conflict)]
-    assert len(losers) == 7
+    assert len(losers) == 7, outcomes
     assert all(loser.revision == backend.card("mrpc")[0].revision for loser in losers)
     (winner,) = [seed for seed, outcome in enumerate(outcomes) if not isinstance(outcome, Conflict)]
     assert backend.card("mrpc") == (read_card(folders(winner)), outcomes[winner])
