@@ -17,8 +17,11 @@ def cache_dir() -> Path:
 def open_library(address: str, *, create: bool = False, private: bool = True) -> ExpertLibrary:
     """The library at an address, with the user's cache; `create` lets writing make a repository on the Hub."""
     settings = None
-    if create and kind_of(address) == "hub":
+    if kind_of(address) == "hub":
+        from huggingface_hub.utils import disable_progress_bars
+
         from mole.experts.backends.hub import HubConfig
 
-        settings = HubConfig(url=address, create=True, private=private)
+        disable_progress_bars()  # the client's, which would stand among ours, and in logs
+        settings = HubConfig(url=address, create=create, private=private)
     return ExpertLibrary.open(address, settings=settings, cache_dir=cache_dir())
