@@ -112,13 +112,15 @@ class Batch:
             return
         more = {} if readme is None else {"readme": readme}
         try:
-            self._library.backend.apply(list(self._changes.values()), message or self._summary(), **more)
+            head = self._library.backend.apply(list(self._changes.values()), message or self._summary(), **more)
         except Conflict as error:
             if len(self._changes) == 1 and (added := self._told.get("add") or self._told.get("rename")):
                 raise self._library.taken(added[0], error.revision) from None
             raise
         for name, card in self._cards.items():
             self._library.saw(name, card)
+        if head is not None and len(self._changes) > 1:
+            self._library.wrote(head, self._cards)
         if self._gone:
             artefacts.remove_orphans(self._library, self._gone)
 

@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,22 @@ class CardCache:
                     damaged = True
             self._keep(None if damaged else head, {name: rows[name] for name in tokens if name in rows})
             return {name: found[name] for name in tokens if name in found}
+
+    def wrote(self, head: str, cards: Mapping[str, Card | None]) -> None:
+        """Keep cards that were written as what they are at `head`, so that they need not be read again.
+
+        The tokens are asked for, and belong to that head if it is still the newest afterwards. None: a name that is
+        gone.
+        """
+        with self._lock:
+            self._load()
+            tokens = self._backend.cards()
+            if self._backend.head() != head:
+                return
+            known = {name: row[1] for name, row in self._rows.items() if row[0] == tokens.get(name)}
+            known |= {name: card for name, card in cards.items() if card is not None}
+            rows = {name: (token, known[name]) for name, token in tokens.items() if name in known}
+            self._keep(head if len(rows) == len(tokens) else None, rows)
 
     def _is_current(self, head: str | None) -> bool:
         """Whether the rows are those of this head; one with a damaged card is never believed: it may be repaired."""

@@ -63,8 +63,7 @@ def changed_fields(one: Card, other: Card) -> tuple[str, ...]:
 
 
 def cards_there(library: ExpertLibrary) -> dict[str, Card]:
-    """The cards of a library that is to be written; none if it does not exist yet. Raises Damaged."""
-    library.check_writable()
+    """The cards of a library that may be written; none if it does not exist yet. Raises Damaged."""
     try:
         return library.cards()
     except NoLibrary:
@@ -137,6 +136,7 @@ def clone(
     if there := cards_there(target):
         raise Conflict(f"{target.url} has {len(there)} experts; clone into a new or empty library, or use pull or push")
     steps = plan(cards, {}, "fail")
+    target.check_writable()
     if dry_run:
         return steps
     newest = _copy_history(source, target, cards) if history else {}

@@ -225,6 +225,8 @@ class ExpertLibrary:
         chosen = keep(cards, where) if where else cards
         there = copying.cards_there(self)
         plan = copying.plan(chosen, there, on_conflict)
+        if any(step.action in copying.WRITTEN for step in plan):
+            self.check_writable()
         if not dry_run:
             after = {**there, **{step.name: step.card for step in plan if step.action in copying.WRITTEN}}
             page = library_readme.page_for(self.backend, after) if readme and after != there else None
@@ -325,6 +327,10 @@ class ExpertLibrary:
             self._seen.pop(name, None)
         else:
             self._seen[name] = card.revision
+
+    def wrote(self, head: str, cards: Mapping[str, Card | None]) -> None:
+        """Remember what a batch has written, at the head that it has made."""
+        self._cards.wrote(head, cards)
 
     def taken(self, name: str, revision: str | None) -> Conflict:
         """The error for a name that is not free."""

@@ -72,6 +72,8 @@ def sync(
     if not here.cards and not there.cards:
         one.names()  # or it would not be told that neither is there
     before = _read_state(file)
+    for side in (here, there):
+        side.library.check_writable()
     steps = [_step(name, here, there, before.get(name), delete) for name in sorted({*here.cards, *there.cards})]
     if dry_run:
         return steps

@@ -89,7 +89,7 @@ def test_push_makes_one_commit_with_a_page_and_again_none(mole, lib, far, hub, r
     assert 'license: "mit"' in page
     assert "| a | sums |" in page
     assert str(lib.backend.root) not in page
-    assert requests(hub, lambda: mole("push", "lib", far)) == 2
+    assert requests(hub, lambda: mole("push", "lib", far)) == 1
     assert titles(hub, repo_id) == before
 
 

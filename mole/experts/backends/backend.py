@@ -85,12 +85,13 @@ class Backend(Protocol):
         """Take an expert away. Raises Conflict, and changes nothing, if it is not at that version; ReadOnly."""
         ...
 
-    def apply(self, changes: Sequence[Change], message: str, *, readme: str | None = None) -> None:
+    def apply(self, changes: Sequence[Change], message: str, *, readme: str | None = None) -> str | None:
         """Several changes; every `expect` is checked before the first is written.
 
         On the Hub one commit (`message` is its title), all or nothing, and `readme` is the text of the repository's
         page, written in the same commit (also without changes). Elsewhere each expert is whole by itself, in the order
-        given; an error then says in a note which were written; `readme` has no place there.
+        given; an error then says in a note which were written; `readme` has no place there. Returns the head at which
+        all is so, where there is such a thing (see `head`).
         """
         ...
 

@@ -225,8 +225,8 @@ class HubBackend:
         self._entries.check_name(name)
         self._write([Change(name, None, expect)], f"Remove {name}", None)
 
-    def apply(self, changes: Sequence[Change], message: str, *, readme: str | None = None) -> None:
-        self._write(changes, message, readme)
+    def apply(self, changes: Sequence[Change], message: str, *, readme: str | None = None) -> str:
+        return self._write(changes, message, readme)
 
     def _write(self, changes: Sequence[Change], message: str, readme: str | None) -> str:
         check_changes(changes, self._entries)
