@@ -152,14 +152,16 @@ def draw_totals(
 ) -> Figure:
     """A figure of `counts` [E'], with a line at the even share of the real experts."""
     experts = len(counts)
-    each = 0.75 if experts <= 16 else 0.42
+    each = 1.0 if experts <= 10 else 0.75 if experts <= 16 else 0.42
     width = max(3.6, each * experts)
     figure = new_figure(width + 1.0, 3.9)
     axes = panel(figure, 0.75, 0.75, width, 2.3)
     bars = axes.bar(np.arange(experts), counts, width=0.8, color=palette(experts, nulls), linewidth=0)
     total = max(float(counts.sum()), 1e-9)
-    axes.bar_label(bars, [f"{count / total:.1%}" for count in counts], fontsize=8 if experts <= 16 else 6.5, padding=2,
-                   color=INK)  # fmt: skip
+    texts = axes.bar_label(bars, [f"{count / total:.1%}" for count in counts], padding=2, color=INK, zorder=5,
+                           fontsize=8 if experts <= 16 else 6.5)  # fmt: skip
+    for text in texts:  # readable where the line of the even share passes
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})
     real = experts - nulls
     even = float(counts[:real].sum()) / max(real, 1)
     axes.axhline(even, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=3)
