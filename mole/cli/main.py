@@ -112,6 +112,15 @@ _TABLE = (
     Command("quickstart", "the whole way on generated tasks: minutes, and nothing to download", "look", script=True),
     Command("library list", "the experts of a library", "keep", ("library",)),
     Command("library similar", "which experts of a library are alike, from their weights alone", "keep", ("library",)),
+    Command(
+        "library rank",
+        "which experts are best for a small sample of new data",
+        "keep",
+        ("library",),
+        ("mole library rank outputs/library backbone=tiny dataset=jsonl dataset.path=data/new.jsonl",),
+    ),
+    Command("library cluster", "groups of like experts, and how to train one for each", "keep", ("library",)),
+    Command("library map", "a picture of a library", "keep", ("library", "dest")),
     Command("library show", "the card and the files of an expert", "keep", ("library", "name")),
     Command("library add", "check an expert's folder and put it into a library", "keep", ("library", "folder")),
     Command("library get", "fetch an expert, verified, into a folder", "keep", ("library", "name", "dest")),
@@ -153,7 +162,7 @@ _TABLE = (
     Command("library verify", "check every file against its card", "keep", ("library", "names…")),
     Command("config ls", "the groups of conf/ and their options", "check", ("group",)),
     Command("config show", "one option's file, or a command's, with its comments", "check", ("what",)),
-    Command("doctor", "check the machine, or a run and whether it can go on", "check", ("run",)),
+    Command("doctor", "check the machine; a run, and whether it can go on; experts", "check", ("places…",)),
 )
 COMMANDS = {command.name: command for command in _TABLE}
 

@@ -1,0 +1,41 @@
+"""A map of a library: experts that change the backbone alike lie near each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mole.analysis.figure import FAINT, INK, LINE, colours, headline, new_figure, panel, shortened
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SIZE = 6.5
+MOST_NAMES = 80  # more would hide the points
+
+
+def draw_map(title: str, places: Sequence[Sequence[float]], names: Sequence[str], clusters: Sequence[int]) -> Figure:
+    """One point for each expert at its place in the plane, coloured by cluster. Raises MissingExtra."""
+    figure = new_figure(SIZE + 1.6, SIZE + 1.4)
+    axes = panel(figure, 0.8, 0.6, SIZE, SIZE)
+    told = f"{len(names)} experts in {len(set(clusters))} clusters, by the cosines of their updates"
+    headline(axes, shortened(title, 60), told)
+    tints = colours(max(clusters, default=0) + 1)
+    axes.axhline(0, color=LINE, linewidth=0.8, zorder=0)
+    axes.axvline(0, color=LINE, linewidth=0.8, zorder=0)
+    axes.scatter([x for x, _ in places], [y for _, y in places], c=[tints[c] for c in clusters], s=36, zorder=2)
+    if len(names) <= MOST_NAMES:
+        for (x, y), name in zip(places, names, strict=True):
+            axes.annotate(
+                shortened(name),
+                (x, y),
+                (5, 4),
+                textcoords="offset points",
+                fontsize=8,
+                color=INK,
+                annotation_clip=False,
+            )
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_xlabel("first direction", fontsize=9, color=FAINT)
+    axes.set_ylabel("second direction", fontsize=9, color=FAINT)
+    return figure
