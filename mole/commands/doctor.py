@@ -1,4 +1,4 @@
-"""`mole doctor`: is this machine fit for mole, or: why did this run stop, and can it go on?"""
+"""`mole doctor`: is this machine fit for mole, why did this run stop and can it go on, what is wrong with experts?"""
 
 import json
 import os
@@ -6,11 +6,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 from mole import host
+from mole.commands.expert_checks import Finding, examine_experts
 from mole.registry import config_dataclass
 from mole.run_folder import RunFolder
 
@@ -27,24 +28,20 @@ _MEMORY_FILE = Path("/proc/meminfo")
 
 @config_dataclass
 class Doctor:
-    """A run to look at; None: the machine."""
+    """A run, or experts, to look at; nothing: the machine."""
 
-    run: str | None = None
+    places: tuple[str, ...] = ()
+    target: Literal["peft", "vllm", "lorax", "llamacpp", "mistralrs"] | None = None
     format: Literal["table", "json"] = "table"
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at: `state` is ok, note (worth knowing) or wrong."""
-
-    about: str
-    state: str
-    text: str
+    def __post_init__(self) -> None:
+        if self.target is not None and not self.places:
+            raise ValueError("target says what experts are for: name them, mole doctor <expert or library> target=…")
 
 
 def run(config: Doctor) -> int:
     """Prints what was found and returns 1 if anything is wrong, 0 otherwise. Raises ValueError if there is no run."""
-    findings = list(examine_machine() if config.run is None else examine_run(RunFolder(config.run)))
+    findings = list(_findings(config))
     if config.format == "json":
         print(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False))
     else:
@@ -52,6 +49,23 @@ def run(config: Doctor) -> int:
         for finding in findings:
             print(f"{finding.state:<7}{finding.about:<{width}}{finding.text}")
     return int(any(finding.state == "wrong" for finding in findings))
+
+
+def _findings(config: Doctor) -> Iterator[Finding]:
+    if not config.places:
+        return examine_machine()
+    one = RunFolder(config.places[0]) if len(config.places) == 1 and config.target is None else None
+    if one is not None and "://" not in config.places[0] and not _holds_experts(one.path):
+        return examine_run(one)
+    return examine_experts(config.places, config.target)
+
+
+def _holds_experts(path: Path) -> bool:
+    """Whether a path is an expert or a library, and no run."""
+    if (path / "config.yaml").is_file():
+        return False
+    known = ("expert.json", "adapter_config.json", "mole_adapter.json", ".mole")
+    return any((path / name).exists() for name in known) or (path.parent / ".mole").is_dir()
 
 
 def examine_machine() -> Iterator[Finding]:
