@@ -3,6 +3,7 @@
 crash <old> <new> <third> <root> <operation>    one line for each point at which a process was killed
 rename <folder> <root>                          the same, of a batch that adds one name and removes another
 writers <root> <shared name, or "-"> <folder>…  a process for each folder, all publishing at once
+blob <server> <bucket> <number> <folder>        one of several processes; waits for a line before it publishes
 """
 
 import json
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mole.experts import Conflict, Damaged, LocalBackend, UnknownExpert
-from mole.experts.backends import Change
+from mole.experts.backends import BlobBackend, Change
 from mole.experts.folder import read_card
 
 CALLS = ("open", "rename", "replace", "unlink", "rmdir", "mkdir", "fsync")
@@ -142,6 +143,25 @@ def writers(root: str, shared: str, *folders: str) -> list[str]:
     return found
 
 
+def blob(server: str, bucket: str, number: str, folder: str) -> list[str]:
+    """Publishes under a name of its own, then under the name of all. Says what became of it."""
+    from obstore.store import S3Store
+
+    keys = {"access_key_id": "k", "secret_access_key": "s", "region": "us-east-1"}
+    store = S3Store(bucket, endpoint=server, client_options={"allow_http": True}, **keys)
+    backend = BlobBackend(store, f"s3://{bucket}/lib", "lib")
+    print("ready", flush=True)
+    sys.stdin.readline()
+    outcomes = []
+    for name in (f"expert-{number}", "mrpc"):
+        try:
+            backend.publish(name, Path(folder))
+            outcomes.append(read_card(folder).revision)
+        except Conflict as error:
+            outcomes.append(f"conflict with {error.revision}")
+    return outcomes
+
+
 if __name__ == "__main__":
     assert "torch" not in sys.modules
-    print(json.dumps({"crash": crash, "rename": rename, "writers": writers}[sys.argv[1]](*sys.argv[2:])))
+    print(json.dumps({"crash": crash, "rename": rename, "writers": writers, "blob": blob}[sys.argv[1]](*sys.argv[2:])))

@@ -1,12 +1,16 @@
 """What is special to a blob store: its keys, tombstones, conditions, deaths and faults at every request, collecting."""
 
+import json
 import pickle
 import shutil
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from breaking_proxy import BreakingProxy
-from servers import make_expert_folders, store_of
+from servers import make_bucket, make_expert_folders, store_of
 
 from mole.experts import Conflict, Damaged, LibraryError, NoLibrary, ReadOnly, Refused, UnknownExpert, read_card
 from mole.experts.backends import Change, blob_garbage, blob_store
@@ -222,6 +226,26 @@ def test_a_listing_is_one_request_and_publishing_what_is_there_sends_no_file(beh
     proxy.watch()
     backend.publish("e0", folders[0])
     assert not [line for line in proxy.seen if line.startswith(("PUT", "POST"))]
+
+
+@pytest.mark.slow
+def test_eight_processes_lose_nothing_and_of_those_with_one_name_one_wins(s3_server, make, tmp_path):
+    folders = make_expert_folders(make, tmp_path, 8)
+    make_bucket("s3", s3_server, "eight-processes")
+    command = [sys.executable, Path(__file__).with_name("library_scripts.py"), "blob", s3_server, "eight-processes"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [subprocess.Popen([*command, str(n), folder], **pipes) for n, folder in enumerate(folders)]
+    assert all(writer.stdout.readline() == "ready\n" for writer in writers)
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    outcomes = [json.loads(writer.communicate(timeout=120)[0]) for writer in writers]
+    backend = BlobBackend(store_of("s3", s3_server, "eight-processes"), "s3://eight-processes/lib", "lib")
+    assert list(backend.cards()) == [*(f"expert-{number}" for number in range(8)), "mrpc"]
+    assert [own for own, _ in outcomes] == [revision(folder) for folder in folders]
+    winner = backend.card("mrpc")[0].revision
+    assert sorted(shared for _, shared in outcomes) == sorted([winner, *[f"conflict with {winner}"] * 7])
+    assert fetched(backend, "mrpc", tmp_path) == winner
 
 
 @pytest.mark.parametrize("kind", ["s3", "azure"])

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 
 from mole.experts import Conflict, Damaged, LocalBackend, NoLibrary, ReadOnly, Refused, UnknownExpert, read_card
 from mole.experts.backends import Change
@@ -132,6 +133,35 @@ def test_a_copy_that_met_a_swap_is_made_again(backend, folders, tmp_path, monkey
 
     monkeypatch.setattr(module, "copy_files", copy)
     assert backend.fetch("mrpc", tmp_path / "dest") == read_card(folders[1])
+
+
+def test_a_reader_is_not_starved_by_a_writer_that_comes_between_any_two_files(backend, folders, tmp_path, monkeypatch):
+    backend.publish("mrpc", folders[0])
+    (tmp_path / "dest").mkdir()
+    from mole.experts import folder as module
+
+    real, writer, writes = module._copy, LocalBackend(backend.root), []
+
+    def copy(source, target, wanted):
+        real(source, target, wanted)
+        if source.parent != backend.root / "mrpc" or not is_free(backend.root / ".mole" / "lock"):
+            return
+        writes.append(folders[(len(writes) + 1) % 2])
+        writer.publish("mrpc", writes[-1], writer.card("mrpc")[1])
+
+    monkeypatch.setattr(module, "_copy", copy)
+    card = backend.fetch("mrpc", tmp_path / "dest")
+    assert len(writes) > 1
+    assert card == read_card(tmp_path / "dest") == read_card(writes[-1])
+
+
+def is_free(lock):
+    """Whether nobody holds a library's lock."""
+    try:
+        FileLock(str(lock)).acquire(timeout=0).lock.release()
+    except Timeout:
+        return False
+    return True
 
 
 def test_a_fetch_of_damage_raises_and_leaves_nothing(backend, folders, tmp_path):
