@@ -24,7 +24,10 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "grouped": grouped,
     "stacked": stacked,
 }
-FEW = 32  # rows of an expert, below which a call of its own costs more than they do
+# Measured on a CPU with one thread, forward and backward; scripts/benchmarks/moe.py measures whether they still hold.
+FEW = 256  # rows of an expert, below which a call of its own costs more than they do
+SMALL = 40_000  # parameters of an expert, above which putting those of all experts together costs more than calls
+DENSE = 6  # experts per slot, up to which all low-rank experts on all tokens cost less than sorting
 
 
 def pick(plan: ExpertPlan, x: Tensor, k: int, fit: Fitness, limit: int | None) -> str:
@@ -36,7 +39,9 @@ def pick(plan: ExpertPlan, x: Tensor, k: int, fit: Fitness, limit: int | None) -
     experts, slots = plan.num_experts, len(x) * k
     if x.dtype == torch.float64 or not fit.can("vmap") or slots < experts:
         return "loop"
-    if fit.can("grouped") and (slots < FEW * experts or x.device.type == "cuda"):
+    if fit.linear and fit.can("stacked") and 2 * fit.size <= x.shape[-1] ** 2 and experts <= DENSE * k:
+        return "stacked"
+    if fit.can("grouped") and (x.is_cuda or (slots < FEW * experts and fit.size <= SMALL)):
         return "grouped"
     return "loop"
 
