@@ -14,14 +14,14 @@ from pydantic import Field
 from mole import backbones, data, mixtures
 from mole.analysis import MissingExtra, plot_run
 from mole.backbones import Backbone
-from mole.commands.feeding import show_first_batch, training_data
+from mole.commands.feeding import dry_run, show_first_batch, training_data
 from mole.commands.listening import TrainingForwards, listening, texts_of
 from mole.commands.preparing import prepare
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
 from mole.data import DataSplits, Sample
 from mole.evaluation import Validation, check_reloaded, mean_loss
-from mole.experts import Expert, ExpertLibrary
+from mole.experts import Expert, ExpertLibrary, licences
 from mole.mixtures import MultiExpertModel
 from mole.mixtures.growing import carry, take_apart
 from mole.mixtures.preparing.prototype_data import flatness, needs_data
@@ -73,6 +73,7 @@ class BuildMoe:
     kernel: Literal["auto", "loop", "stacked", "grouped", "segments", "folded"] = "auto"
     mixing: MixingConfig = dataclasses.field(default_factory=MixingConfig)
     allow_other_backbone: bool = False
+    dry_run: bool = False
     losses: dict[str, float] = dataclasses.field(default_factory=dict)
     losses_over: Over = "microbatch"
     free_bits: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -137,7 +138,7 @@ def run(config: BuildMoe) -> float | None:
             result = _train(config, model, datasets, backbone, accelerator, run, statistics=statistics)
     else:
         run.update(status="running")
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not config.dry_run:
         _log_examples(model, datasets, collate, log, config)
         if len(log):
             log.flush(run.scalings / "log", overwrite=True, decode=partial(texts_of, backbone.tokenizer))
@@ -198,12 +199,14 @@ def _train(
     run: RunFolder,
     *,
     statistics: RoutingStatistics | None,
-) -> FitResult:
+) -> FitResult | None:
     train, held_out = (data.joined(datasets.values(), split) for split in ("train", "validation"))
     collate = partial(data.collate, pad_token_id=backbone.tokenizer.pad_token_id)
     fed = training_data(train, collate, config.training, config.seed)
     if accelerator.is_main_process:
         show_first_batch(fed, config.training, backbone.tokenizer, run)
+    if config.dry_run:
+        return dry_run(model, fed, config.training, accelerator) if accelerator.is_main_process else None
     return fit(
         model,
         fed,
@@ -257,6 +260,7 @@ def _keep(
         origins=mixtures.pinned(experts, config.library.url),
         replace=config.run.resume == "auto",
         training=training,
+        **licences.facts({name: expert.card.license for name, expert in experts.items()}),
     )
     fresh = mixtures.load_mixture(
         run.mixture, backbones.load(config.backbone), kernel=config.kernel, allow_other_backbone=True

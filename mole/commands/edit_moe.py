@@ -7,7 +7,8 @@ import torch
 from mole import backbones, mixtures
 from mole.config.nodes import RunConfig
 from mole.config.seeds import seed_for
-from mole.experts import Expert, ExpertLibrary
+from mole.experts import Expert, ExpertLibrary, licences
+from mole.experts.folder import read_card
 from mole.mixtures import MultiExpertModel
 from mole.mixtures.growing import put_together, take_apart
 from mole.registry import BACKBONES, LIBRARIES, config_dataclass, unknown
@@ -57,8 +58,14 @@ def run(config: EditMoe) -> None:
     old = mixtures.load_mixture(source, backbone, allow_other_backbone=config.allow_other_backbone)
     model = _changed(config, old, new)
     origins |= mixtures.pinned(new, config.library.url if config.library else None)
+    parts = {"the mixture": read_card(source).license, **{name: expert.card.license for name, expert in new.items()}}
     mixtures.save_mixture(
-        model, run.mixture, backbone, origins={name: origins[name] for name in model.expert_names}, replace=False
+        model,
+        run.mixture,
+        backbone,
+        origins={name: origins[name] for name in model.expert_names},
+        replace=False,
+        **licences.facts(parts),
     )
     _tell(config, model)
     run.update(result={"experts": list(model.expert_names), "learns": _learns(model)})

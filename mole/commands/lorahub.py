@@ -15,7 +15,7 @@ from mole.backbones import Backbone
 from mole.config.nodes import RunConfig, chosen_datasets
 from mole.data import Sample
 from mole.evaluation import check_reloaded, mean_loss, total
-from mole.experts import Expert, ExpertLibrary, describe
+from mole.experts import Expert, ExpertLibrary, describe, licences
 from mole.experts.retrieval import by_chance
 from mole.mixtures import MultiExpertModel
 from mole.mixtures.preparing.weight_search import BlackBox, Nevergrad, Probe, best_of, search
@@ -159,8 +159,9 @@ def _keep(
     tasks = list(dict.fromkeys(sample.task for sample in few))
     training = {"method": "lorahub", "examples": len(few), "probes": config.budget, "seed": config.seed}
     origins = mixtures.pinned(experts, config.library.url)
+    licence = licences.facts({name: expert.card.license for name, expert in experts.items()})
     if config.output != "expert":
-        mixtures.save_mixture(model, run.mixture, backbone, origins=origins, training=training)
+        mixtures.save_mixture(model, run.mixture, backbone, origins=origins, training=training, **licence)
         fresh = mixtures.load_mixture(run.mixture, backbones.load(config.backbone), allow_other_backbone=True)
         batch = data.collate(list(few), pad_token_id=backbone.tokenizer.pad_token_id)
         check_reloaded(model, fresh, batch)
@@ -172,5 +173,5 @@ def _keep(
             {"relation": "merged", "source": o.library, "name": o.name, "revision": o.revision, "content": o.content}
             for o in origins.values()
         ]
-        facts = {"tasks": tasks[:64], "training": training, "derived_from": parents}
+        facts = {"tasks": tasks[:64], "training": training, "derived_from": parents, **licence}
         Expert(describe(merged.adapter, backbone, **facts), merged.adapter).save(run.expert)

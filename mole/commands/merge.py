@@ -173,7 +173,8 @@ def from_mixture(config: Merge, place: str) -> tuple[Merged, Expert]:
     _check_logits(merged, backbone, inputs, wanted)
     card = read_card(folder)
     origins = [{**row, "relation": "merged"} for row in card.derived_from]
-    facts = {"tasks": list(card.tasks), "license": card.license, "derived_from": origins}
+    conflict = {key: value for key, value in card.extra.items() if key == "license_conflict"}
+    facts = {"tasks": list(card.tasks), "license": card.license, "extra": conflict, "derived_from": origins}
     return merged, _described(config, merged, BackboneRef(backbone.name, backbone.revision, backbone.shapes), facts)
 
 
@@ -212,7 +213,7 @@ def _described(config: Merge, merged: Merged, backbone: BackboneRef, facts: dict
     settings["method"] = settings.pop("name")
     own = {"tags": list(config.tags), "description": config.description, "training": method_facts(merged, settings)}
     if config.license is not None:
-        own["license"] = config.license
+        own |= {"license": config.license, "extra": {}}
     return Expert(describe(merged.adapter, backbone, **{**facts, **own}), merged.adapter)
 
 

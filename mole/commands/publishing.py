@@ -133,10 +133,7 @@ def license_of(config: Any, parents: dict[str, Expert]) -> dict[str, Any]:
     """The licence that was given, else what follows from those of the experts that the run started from."""
     if config.license is not None or not parents:
         return {"license": config.license}
-    found = licences.facts({name: expert.card.license for name, expert in parents.items()})
-    if "extra" in found:
-        logger.warning("licence: %s", found["extra"]["license_conflict"])  # type: ignore[index]
-    return found
+    return licences.facts({name: expert.card.license for name, expert in parents.items()})
 
 
 def publish(target: Goal | None, expert: Expert, run: RunFolder, *, against: str | None = None) -> None:

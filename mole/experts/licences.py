@@ -5,8 +5,12 @@ A rule of thumb for people, no legal advice: what is not known to combine is sai
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # From the least to the most demanding; a work may stand under the most demanding one of its parts.
 _PERMISSIVE = (
@@ -96,10 +100,11 @@ def _all(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def facts(parts: Mapping[str, str | None]) -> dict[str, object]:
-    """`license`, and `extra` with what stands against one, as facts of a card."""
+def facts(parts: Mapping[str, str | None]) -> dict[str, Any]:
+    """`license`, and `extra` with what stands against one, as facts of a card. A conflict is logged as a warning."""
     found = derived(parts)
     if not found.conflicts:
         return {"license": found.id}
     note = "; ".join(found.conflicts)
+    logger.warning("no licence follows from those of the experts: %s", note)
     return {"license": None, "extra": {"license_conflict": note if len(note) <= 200 else f"{note[:199]}…"}}

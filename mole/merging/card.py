@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mole.experts import licences
 from mole.experts.card import Card
 from mole.merging.merge import Merged
 from mole.registry import unknown
@@ -22,7 +23,7 @@ def parents(cards: Mapping[str, Card], library: str | None) -> list[dict[str, An
 
 
 def common_facts(cards: Mapping[str, Card], library: str | None) -> dict[str, Any]:
-    """What follows from the parents' cards: tasks of all, the licence and the head if they agree, where they come from.
+    """What follows from the parents' cards: tasks of all, the licence, the head if they agree, where they come from.
 
     Raises ValueError for heads with other labels, whose outputs mean other things.
     """
@@ -32,11 +33,10 @@ def common_facts(cards: Mapping[str, Card], library: str | None) -> dict[str, An
             raise ValueError(
                 f"the experts {next(iter(cards))!r} and {name!r} have heads with other labels; they cannot become one"
             )
-    licenses = {card.license for card in rows}
     tasks = dict.fromkeys(task for card in rows for task in card.tasks)
     return {
         "tasks": list(tasks)[:64],
-        "license": rows[0].license if len(licenses) == 1 else None,
+        **licences.facts({name: card.license for name, card in cards.items()}),
         "head": rows[0].head,
         "derived_from": parents(cards, library)[:256],
     }
