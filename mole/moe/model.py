@@ -119,7 +119,8 @@ class MoEModel(nn.Module):
 
     def gradient_checkpointing_disable(self) -> None:
         """Activations are kept again."""
-        self.model.gradient_checkpointing_disable()
+        disable = getattr(self.model, "activation_checkpointing_disable", None)
+        (disable or self.model.gradient_checkpointing_disable)()
 
 
 def checkpointing(model: nn.Module) -> dict[str, Any]:
