@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -101,6 +101,7 @@ class Card:
         return self.edited(message=message, parent=current.revision, history=history[:MAX_HISTORY])
 
 
+_ROWS = tuple(field.name for field in fields(Card) if str(field.type).startswith("tuple"))
 _FACTS = {  # what the maker of a card may say; the other fields follow from the files
     "head": None,
     "tasks": [],
@@ -228,8 +229,13 @@ def _sealed(card: dict[str, Any]) -> Card:
 
 
 def known_card(card: dict[str, Any]) -> Card:
-    """The card of plain data that was a checked card before; nothing is checked again."""
-    return _from_dict(card)
+    """The card of plain data that was checked before; nothing is checked again, and `card` becomes part of it."""
+    for name in _ROWS:
+        card[name] = tuple(card[name])
+    card["backbone"] = BackboneRef(**card["backbone"])
+    known = object.__new__(Card)  # ten thousand of them: a frozen dataclass sets each of its fields by a call
+    vars(known).update(card)
+    return known
 
 
 def _from_dict(card: dict[str, Any]) -> Card:

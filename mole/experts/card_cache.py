@@ -8,14 +8,15 @@ dropped whole. Two processes that write it cost each other requests, never cards
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
 import os
 import threading
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,9 @@ class CardCache:
             "format": _FORMAT,
             "url": address_of(self._backend),
             "head": head,
-            "cards": {name: [token, card.to_dict()] for name, (token, card) in rows.items()},
+            "cards": {
+                name: [token, {**vars(card), "backbone": vars(card.backbone)}] for name, (token, card) in rows.items()
+            },
         }
         data = json.dumps(value, separators=(",", ":")).encode()
         _write(self._file, hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
@@ -121,10 +124,23 @@ class CardCache:
         if digest.decode("ascii", "replace") != hashlib.sha256(data).hexdigest():
             logger.info("%s is damaged and not used; the cards are read again", self._file)
             return
-        value: dict[str, Any] = json.loads(data)
-        if value.get("format") == _FORMAT and value.get("url") == address_of(self._backend):
-            self._head = value["head"]
-            self._rows = {n: (token, known_card(card)) for n, (token, card) in value["cards"].items() if is_name(n)}
+        with _no_collecting():
+            value: dict[str, Any] = json.loads(data)
+            if value.get("format") == _FORMAT and value.get("url") == address_of(self._backend):
+                self._head = value["head"]
+                self._rows = {n: (token, known_card(card)) for n, (token, card) in value["cards"].items() if is_name(n)}
+
+
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """Python's search for cycles paused: it would look again and again at what is made here, and all of that stays."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _write(file: Path, data: bytes) -> None:
