@@ -1,9 +1,11 @@
 """What a library in a blob store needs no more: old revisions beyond those to keep, files that no card names.
 
-A collector and a publisher cannot cross. The files are listed first and the cards read after, so a file of a card that
-comes meanwhile is not on the list, or young: a publisher writes its files anew each time, there or not. Right before a
-file is deleted it is asked for its age again; and a publisher looks after its card is written whether its files are
-there. Old cards go before their files, so that no card names a file that has gone. Tombstones stay.
+So that a collector and a publisher do not cross: the files are listed first and the cards read after, so a file of a
+card that comes meanwhile is not on the list, or young, as a publisher writes its files anew each time, there or not.
+Right before a file is deleted it is asked for its age again; and a publisher looks after its card is written whether
+its files are there, and puts what is missing. What remains is a publisher that begins and ends, with an old file, in
+the instant between that question and the deletion. Old cards go before their files, so that no card names a file that
+has gone. Tombstones stay.
 """
 
 from __future__ import annotations

@@ -43,28 +43,28 @@ class LocalFolder:
             self._locks = {process: FileLock(str(self.aside / "lock"))}
         return self._locks[process]
 
-    def places(self) -> dict[str, Path]:
-        """Name → folder of what may be an entry; what a swap left aside counts, as long as its name is missing."""
+    def places(self) -> dict[str, str]:
+        """Name → path of what may be an entry's folder; what a swap left aside counts if its name is missing."""
         places = {}
         for folder, prefix in ((self.aside, "old-"), (self.root, "")):
             with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
                 for entry in found:
                     name = entry.name.removeprefix(prefix)
                     if entry.name.startswith(prefix) and self._entries.is_name(name) and not entry.is_symlink():
-                        places[name] = folder / entry.name
+                        places[name] = entry.path
         return places
 
-    def token(self, place: Path) -> str | None:
+    def token(self, place: str) -> str | None:
         """What changes whenever the card in a folder does; None if it has none."""
         try:
-            facts = os.stat(place / self._entries.card_file)
+            facts = os.stat(f"{place}/{self._entries.card_file}")
         except (FileNotFoundError, NotADirectoryError):
             return None
         return f"{facts.st_ino}-{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ctime_ns}"
 
     def read(self, folder: Path) -> bytes | None:
         """The card's bytes; None if `folder` is no entry's folder of its own (a link leads out of the library)."""
-        if folder.is_symlink():
+        if os.path.islink(folder):
             return None
         try:
             return read_file(folder / self._entries.card_file, MAX_CARD_BYTES)

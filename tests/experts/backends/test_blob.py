@@ -291,6 +291,15 @@ def test_a_signed_address_is_in_no_error(azure_server, folders):
             assert "canary" not in told
 
 
+def test_a_store_without_etags_is_refused_and_a_weak_one_is_not_taken_for_a_strong_one():
+    store = BlobStore(None, "s3://bucket")
+    assert store._version("0x8D") == store._version('"0x8D"') == '"0x8D"'
+    assert store._version('W/"0x8D"') != '"0x8D"'
+    for nothing in (None, ""):
+        with pytest.raises(Refused, match="no ETags"):
+            store._version(nothing)
+
+
 @pytest.mark.parametrize("damage", ["changed", "longer", "shorter", "missing"])
 def test_a_fetch_of_damage_raises_and_leaves_nothing(backend, folders, tmp_path, damage):
     backend.publish("mrpc", folders[0])

@@ -233,6 +233,7 @@ def test_a_foreign_folder_under_the_name_is_not_overwritten(backend, folders):
 def test_strays_are_listed(backend, folders):
     backend.publish("mrpc", folders[0])
     (backend.root / "notes.txt").write_text("x")
+    (backend.root / "README.md").write_text("the page about the library")
     (backend.root / "empty").mkdir()
     (backend.root / "Upper").mkdir()
     (backend.root / "linked").symlink_to(folders[1])
