@@ -218,6 +218,10 @@ class _Life:
             return self._stopped(signal.SIGTERM, None)
         except Exception as error:
             return self._failed(error, is_owner)
+        if self.node.get("dry_run"):
+            if is_owner:
+                self._forget()
+            return Outcome(DONE, "finished", value)
         if is_owner:
             self._end("finished", objective=value if isinstance(value, int | float) else None)
         if is_owner:

@@ -14,7 +14,7 @@ from pydantic import Field
 from mole import backbones, data, mixtures
 from mole.analysis import MissingExtra, plot_run
 from mole.backbones import Backbone
-from mole.commands.feeding import dry_run, show_first_batch, training_data
+from mole.commands.feeding import dry_run, refuse_resuming, show_first_batch, training_data
 from mole.commands.listening import TrainingForwards, listening, texts_of
 from mole.commands.preparing import prepare
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
@@ -87,6 +87,9 @@ class BuildMoe:
     def __post_init__(self):
         if (self.learns or needs_data(self.router)) and not self.datasets:
             chosen_datasets(self)
+        refuse_resuming(self)
+        if self.dry_run and not self.learns:
+            raise ValueError(f"dry_run rehearses training, and router={self.router.name} learns nothing: leave it out")
         check_losses(self.losses)
         if self.free_bits and "mutual_information" not in self.losses:
             raise ValueError("free_bits is a limit of the loss mutual_information: set losses.mutual_information")

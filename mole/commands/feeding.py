@@ -11,7 +11,7 @@ from typing import Any
 from mole.config.seeds import seed_for
 from mole.data import IGNORED, Sample, by_length, epoch_order
 from mole.run_folder import RunFolder, write_atomically
-from mole.training import TrainingConfig, TrainingData
+from mole.training import TrainingConfig, TrainingData, plan_layout, rehearse
 
 logger = logging.getLogger(__name__)
 SHOWN = 300  # characters of the one sample that is put on the screen
@@ -54,6 +54,33 @@ def show_first_batch(fed: TrainingData, training: TrainingConfig, tokenizer: Any
     ]
     write_atomically(run.samples, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     print(f"first sample: {_shown(lines[0]['parts'])}")
+
+
+def refuse_resuming(config: Any) -> None:
+    """Raises ValueError for a dry run that would go on with an earlier one."""
+    if config.dry_run and config.run.resume != "never":
+        raise ValueError("dry_run keeps nothing, so it continues nothing: leave run.resume=never")
+
+
+def dry_run(model: Any, fed: TrainingData, training: TrainingConfig, accelerator: Any) -> None:
+    """A step on the longest sample that leaves no trace; prints what trains, the loss, and the memory of a real one."""
+    longest = max(fed.train, key=lambda sample: len(sample.input_ids))
+    rows = plan_layout(training, accelerator.num_processes).micro_batch_size
+    found = rehearse(model, fed.collate([longest]), training, accelerator, rows)
+    length = len(longest.input_ids)
+    lines = (
+        f"trains {found.trained:,} of {found.parameters:,} parameters ({found.trained / found.parameters:.2%})",
+        f"loss {found.loss:.4f} per supervised token of the longest sample, {length:,} tokens",
+        f"memory of a step on each device: weights {_size(found.weights)}, gradients and moments "
+        f"{_size(found.optimizer)}, {rows} × {length:,} tokens for backward {_size(found.activations)}; together "
+        f"{_size(found.total)}, and what PyTorch keeps for itself",
+        "dry run: nothing was trained, nothing is kept",
+    )
+    print("\n".join(lines))
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def parts(sample: Sample) -> list[tuple[bool, list[int]]]:

@@ -13,7 +13,7 @@ from mole import adapters, backbones, data, merging
 from mole.adapters import Adapter
 from mole.backbones import Backbone
 from mole.commands import publishing
-from mole.commands.feeding import show_first_batch, training_data
+from mole.commands.feeding import dry_run, refuse_resuming, show_first_batch, training_data
 from mole.commands.publishing import Goal
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
@@ -57,11 +57,13 @@ class TrainExpert:
     publish: Literal["always", "if-better"] = "always"
     metric: Literal["loss", "exact_match"] = "loss"
     allow_other_backbone: bool = False
+    dry_run: bool = False
     seed: int = 0
     run: RunConfig
 
     def __post_init__(self):
         chosen_datasets(self)
+        refuse_resuming(self)
         check_name(self.name)
         problems = []
         if self.start != "new" and self.start_library is None:
@@ -111,6 +113,8 @@ def run(config: TrainExpert) -> float | None:
     fed = training_data(train, collate, config.training, config.seed)
     if accelerator.is_main_process:
         show_first_batch(fed, config.training, backbone.tokenizer, run)
+    if config.dry_run:
+        return dry_run(backbone.model, fed, config.training, accelerator) if accelerator.is_main_process else None
     result = fit(
         backbone.model,
         fed,

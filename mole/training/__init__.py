@@ -1,10 +1,11 @@
 """Training: one loop on Accelerate for a model with logits and batches with labels."""
 
 from mole.training import optimizers, schedules, trackers
-from mole.training.batches import TrainingData
+from mole.training.batches import TrainingData, plan_layout
 from mole.training.checkpoints import CheckpointError
 from mole.training.devices import make_accelerator, peak_memory
 from mole.training.fit import FitResult, fit
+from mole.training.rehearsal import Rehearsal, rehearse
 from mole.training.settings import AnyTraining, Recipe, RouterTrainingConfig, TrainingConfig
 from mole.training.step import TrainingFailed
 
@@ -13,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "FitResult",
     "Recipe",
+    "Rehearsal",
     "RouterTrainingConfig",
     "TrainingConfig",
     "TrainingData",
@@ -21,6 +23,8 @@ __all__ = [
     "make_accelerator",
     "optimizers",
     "peak_memory",
+    "plan_layout",
+    "rehearse",
     "schedules",
     "trackers",
 ]
