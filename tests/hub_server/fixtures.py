@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +17,18 @@ from mole.experts.backends.hub_requests import Patience
 TOKENS = {"hf_aliceCanary0123456789": ["alice", "lab"], "hf_bobCanary9876543210": ["bob", "lab"]}
 ALICE, BOB = TOKENS
 HURRIED = Patience(total=15.0, first=0.005, most=0.1, answer=20.0)
+BRIEF = Patience(total=2.0, first=0.005, most=0.05, answer=1.0)
+
+# What an honest Hub may do to one request; asked again, it answers.
+PASSING = [
+    *({"status": status} for status in (408, 409, 412, 429, 500, 502, 503, 504)),
+    {"status": 409, "times": 3},
+    {"status": 503, "headers": {"Retry-After": "0"}},
+    {"status": 503, "headers": {"Retry-After": "soon"}},
+    {"lose_reply": True},
+    {"refuse": True},
+    {"cut_after": 0},
+]
 
 _numbers = itertools.count()
 
@@ -33,7 +47,10 @@ def hub(hub_process: HubServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub
     The client reads most of its environment when it is imported, which is long before this.
     """
     from huggingface_hub import constants
+    from huggingface_hub.utils import _http
 
+    # its own pauses between its own attempts: up to 23 s for each request
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
     home = hub_process.root / "home"
     for name, value in hub_process.environment(ALICE).items():
         monkeypatch.setenv(name, value)

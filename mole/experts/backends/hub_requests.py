@@ -28,7 +28,6 @@ MAX_ANSWER_BYTES = 16 << 20
 _BUSY = frozenset({408, 409, 412, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS = 5
-_CHUNK = 1 << 20
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{3,}|(?i:bearer)\s+\S+")
 _QUERY = re.compile(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*")
 # What the client, and what lies under it, logs: addresses with signatures, and headers.
@@ -143,7 +142,7 @@ class HubRequests:
             raise Damaged(f"{self.what}: the answer is packed ({shown(packed)}), which was not asked for")
         told = response.headers.get("content-length", "")
         left = most + 1
-        for chunk in response.iter_raw(chunk_size=_CHUNK) if not _exceeds(told, most) else ():
+        for chunk in response.iter_raw() if not _exceeds(told, most) else ():
             yield chunk[:left]
             left -= len(chunk)
             if left <= 0:

@@ -168,9 +168,9 @@ class HubWriting(HubReading):
             elif answers:
                 problem = self.refusal(answers[0].response.status_code, answers[0].response.headers)
             else:
-                problem = self.unreachable(causes[-1])
-                passes = isinstance(causes[-1], (transport_error(), OSError)) or len(causes) == 1
-                problem = Busy(problem) if passes else problem
+                passing = [cause for cause in causes if isinstance(cause, (transport_error(), OSError))]
+                problem = self.unreachable((passing or causes[-1:])[0])
+                problem = Busy(problem) if passing or len(causes) == 1 else problem
         raise problem
 
 
