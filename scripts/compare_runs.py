@@ -3,6 +3,7 @@
 Usage: python scripts/compare_runs.py <run> <run>
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -39,12 +40,13 @@ def main() -> None:
     for name in first:
         print(f"{name:<34}{start.get(name, float('nan')):>12.4f}{first[name]:>12.4f}{second[name]:>12.4f}")
     shares = loads_by_task(runs[1])
-    if len(shares) == 2:
-        one, other = shares.values()
-        distance = 0.5 * np.abs(one - other).sum(1)
-        dead = int(((one + other) / 2 < 0.01 / one.shape[1]).sum())
-        print(f"distance between the domains' loads, by layer: {', '.join(f'{d:.2f}' for d in distance)}")
-        print(f"experts with less than a hundredth of their even share: {dead} of {one.size}")
+    for one, other in itertools.combinations(shares, 2):
+        distance = 0.5 * np.abs(shares[one] - shares[other]).sum(1)
+        print(f"distance of the loads of {one} and {other}, by layer: {', '.join(f'{d:.2f}' for d in distance)}")
+    if shares:
+        mean = np.mean(list(shares.values()), axis=0)
+        dead = int((mean < 0.01 / mean.shape[1]).sum())
+        print(f"experts with less than a hundredth of their even share: {dead} of {mean.size}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Upcycling at equal active compute: every MLP of a tiny pretrained Llama becomes four experts, of which one works on each
-# token, and trains on two domains that it does not know; beside it the dense model trains its MLPs as long, on the same.
+# Upcycling at equal active compute: every MLP of a tiny pretrained Llama becomes eight experts, of which one works on
+# each token, and trains on domains that the model does not know: English verse, French plays, tunes in ABC notation.
+# Beside it the dense model trains its MLPs for as many steps on the same batches.
 # Usage: scripts/moe_upcycle.sh <data folder> [output folder]
-#   <data folder> has models/stories260K/hf and corpora/{tinyshakespeare,tinymoliere}.txt
-# STEPS (default 600), EXPERTS (4), WINDOWS (2000 of each corpus) and SEED (0) change how much is done.
+#   <data folder> has models/stories260K/hf and corpora/{tinyshakespeare,tinymoliere,nottingham_abc}.txt
+# STEPS (default 300), EXPERTS (8), WINDOWS (2000 of each corpus), NOISE (0.05) and SEED (0) change what is done.
 set -euo pipefail
 data="${1:?usage: scripts/moe_upcycle.sh <data folder> [output folder]}"
 data="$(cd "$data" && pwd)"
@@ -11,15 +12,16 @@ cd "$(dirname "$0")/.."
 out="${2:-outputs/moe-upcycle}"
 mole="${MOLE:-${MOLE_VENV:-.venv}/bin/mole}"
 [ -x "$mole" ] || scripts/setup.sh plot
-steps="${STEPS:-600}"
+steps="${STEPS:-300}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # Heads of 8 numbers: plain attention is faster there than the fused one.
 words=(backbone=pretrained "backbone.path=$data/models/stories260K/hf" backbone.device=cpu backbone.attention=eager)
-for domain in shakespeare moliere; do
-  words+=("+dataset@datasets.$domain=text" "datasets.$domain.path=$data/corpora/tiny$domain.txt")
+declare -A corpus=([shakespeare]=tinyshakespeare.txt [moliere]=tinymoliere.txt [abc]=nottingham_abc.txt)
+for domain in shakespeare moliere abc; do
+  words+=("+dataset@datasets.$domain=text" "datasets.$domain.path=$data/corpora/${corpus[$domain]}")
   words+=("datasets.$domain.task=$domain" "datasets.$domain.window=128" "datasets.$domain.limit=${WINDOWS:-2000}")
-  words+=("datasets.$domain.validation=0.05" "datasets.$domain.held_out_limit=48")
+  words+=("datasets.$domain.validation=0.05" "datasets.$domain.held_out_limit=32")
 done
 words+=(training.max_steps="$steps" training.epochs=null training.batch_size=16 training.learning_rate=3e-3)
 words+=(training.evaluate_every=100 training.checkpoint_every=null training.log_every=10 launcher.num_processes=1)
@@ -28,6 +30,6 @@ words+=('moe.pattern=model\.layers\.\d+\.mlp' "seed=${SEED:-0}")
 # One expert, which works on every token: the dense model, its MLPs trained by the same loop.
 "$mole" moefy "${words[@]}" moe.num_experts=1 moe.init_noise=0.0 log_every=null log_examples=0 statistics_every=null \
   name=dense "run.folder=$out/dense"
-"$mole" moefy "${words[@]}" moe.num_experts="${EXPERTS:-4}" name=moe "run.folder=$out/moe"
+"$mole" moefy "${words[@]}" moe.num_experts="${EXPERTS:-8}" moe.init_noise="${NOISE:-0.05}" name=moe "run.folder=$out/moe"
 "$mole" plot experts-load "$out/moe"
 "$(dirname "$mole")/python" scripts/compare_runs.py "$out/dense" "$out/moe"
