@@ -30,7 +30,6 @@ from mole.experts.backends.entries import ARTEFACTS, EXPERTS, Entries
 from mole.experts.backends.local_folder import ASIDE, LocalFolder
 from mole.experts.errors import Conflict, Damaged, LibraryError, NoLibrary, ReadOnly, Refused, UnknownExpert
 from mole.experts.schema import README_FILE
-from mole.experts.schema import README_FILE
 from mole.registry import LIBRARIES, config_dataclass, unknown
 
 _COPIES = 3

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
+import torch  # noqa: F401  (see tried)
 
 ROOT = Path(__file__).parents[3]
 BACKENDS = "mole/experts/backends"
@@ -321,17 +324,29 @@ def tried(one: Mutant, copy: Path) -> str:
     if text.count(one.old) != 1:
         return f"IS THERE {text.count(one.old)} TIMES"
     path.write_text(text.replace(one.old, one.new), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", one.test[0], "-k", one.test[1]]
-    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=600)
-    except subprocess.TimeoutExpired:
-        return "caught"
-    finally:
-        path.write_text(text, encoding="utf-8")
-    if "skipped" in done.stdout.splitlines()[-1] and done.returncode == 0:
-        return "SKIPPED"
-    return {0: "LIVES", 1: "caught"}.get(done.returncode, f"NOT TRIED ({done.returncode})")
+    child = os.fork()  # what is imported already, torch and pytest, need not be imported each time
+    if child == 0:
+        _test(one, copy)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    path.write_text(text, encoding="utf-8")
+    skipped = " skipped" in (copy / "log").read_text(encoding="utf-8").splitlines()[-1]
+    verdicts = {0: "SKIPPED" if skipped else "LIVES", 1: "caught", -signal.SIGALRM: "caught"}
+    return verdicts.get(code, f"NOT TRIED ({code})")
+
+
+def _test(one: Mutant, copy: Path) -> None:
+    """Runs the test on the copy, and ends the process."""
+    os.chdir(copy)
+    sys.path.insert(0, str(copy))
+    os.environ.update(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1")
+    sys.dont_write_bytecode = True
+    log = os.open(copy / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    signal.alarm(240)  # a lock that is never given back is a failure, too
+    code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", one.test[0], "-k", one.test[1]])
+    sys.stdout.flush()
+    os._exit(int(code))
 
 
 if __name__ == "__main__":
