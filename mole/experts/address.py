@@ -122,6 +122,8 @@ def blob_address(address: str) -> BlobAddress:
 
 def split_expert(address: str) -> tuple[str, str, str | None]:
     """`<library>/<name>[@<revision>]` → (library, name, revision or None). Raises LibraryError."""
+    if "://" in address and any(mark in address for mark in "?#"):
+        _scheme(address)  # before any part is repeated: it may be a secret
     head, _, last = address.rstrip("/").replace("\\", "/").rpartition("/")
     name, at, revision = last.partition("@")
     if not head or not name or ("://" in address and "://" not in head):

@@ -119,7 +119,8 @@ def read_source(source: str | Path) -> Source:
 
         return read_repository(text, wanted)
     if "://" in text:
-        raise LibraryError(f"{shown(text)}: adapters are imported from a folder, a file, or hf://user/repo[/folder]")
+        scheme = shown(text.partition("://")[0])[1:-1]  # what stands behind it may hold a secret
+        raise LibraryError(f"{scheme}://…: adapters are imported from a folder, a file, or hf://user/repo[/folder]")
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path)

@@ -67,10 +67,13 @@ def parse(address: str) -> tuple[str, str, str | None]:
     rest = address.removeprefix("hf://")
     path, at, revision = rest.partition("@")
     parts = path.rstrip("/").split("/")
-    if rest == address or "?" in rest or "#" in rest or "%" in rest or len(address) > 1000:
-        raise LibraryError(f"{shown(address.partition('?')[0])} names no repository's folder; {_FORM}")
+    if rest == address or len(address) > 1000 or any(mark in rest for mark in "?#%:"):  # what may be a secret: unsaid
+        raise LibraryError(
+            f"an address holds no user, password, query or fragment, and is no longer than 1,000: {_FORM}"
+        )
     if parts[0] in ("datasets", "spaces") or len(parts) < 2:
-        raise LibraryError(f"{shown(address)}: adapters lie in model repositories; {_FORM}")
+        where = "that is none" if at else shown(address)  # before '@' somebody may have put a token
+        raise LibraryError(f"{where}: adapters lie in model repositories; {_FORM}")
     if any(part in ("", ".", "..") or "\\" in part or not part.isprintable() for part in parts):
         raise LibraryError(f"{shown(address)}: no '..' and no empty part in an address; {_FORM}")
     repo_id = check_repo_id("/".join(parts[:2]), address)
