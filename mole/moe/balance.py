@@ -34,9 +34,8 @@ class BlockObserved(Observed):
 
     @property
     def load(self) -> Tensor:
-        if self.counts is None:
-            return super().load
-        return self.counts.to(self.logits.dtype) / self.counts.sum().clamp_min(1)
+        counts = slot_counts(self.chosen, self.logits.shape[-1]) if self.counts is None else self.counts
+        return counts.to(self.logits.dtype) / counts.sum().clamp_min(1)
 
     @property
     def importance(self) -> Tensor:
@@ -48,7 +47,8 @@ class BlockObserved(Observed):
 
     @property
     def expected_load(self) -> Tensor:
-        total = super().expected_load
+        assert self.chances is not None
+        total = self.chances.sum(0)
         return total if self.counts is None else over_ranks(total)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from mole.kernels.precision import autocast_dtype, without_autocast
 from mole.moe.dispatch.plan import ExpertPlan, gated, sorted_keys
 
 
@@ -32,16 +33,24 @@ def vmapped(plan: ExpertPlan, x: Tensor, ids: Tensor, weights: Tensor, limit: in
 
 def _called(plan: ExpertPlan, rows: Tensor) -> Tensor:
     """[E, C, d] → [E, C, *out]."""
-    module = _Call(plan)
+    # Calls of a plain expert are its own: a module made here would not be traced.
+    module, prefix = (plan.experts[0], "") if plan.plain else (_Call(plan), "expert.")
+    dtype = autocast_dtype(rows)
     states = [dict(expert.named_parameters()) for expert in plan.experts]
     buffers = [dict(expert.named_buffers()) for expert in plan.experts]
-    stacked = {f"expert.{name}": torch.stack([state[name] for state in states]) for name in states[0]}
-    held = {f"expert.{name}": torch.stack([state[name] for state in buffers]) for name in buffers[0]}
+    stacked = {f"{prefix}{name}": _cast(torch.stack([one[name] for one in states]), dtype) for name in states[0]}
+    held = {f"{prefix}{name}": torch.stack([one[name] for one in buffers]) for name in buffers[0]}
 
     def one(parameters: dict[str, Tensor], own: dict[str, Tensor], some: Tensor) -> Tensor:
-        return functional_call(module, (parameters, own), (some,))
+        return functional_call(module, (parameters, own), (some.unsqueeze(0),)).squeeze(0)
 
-    return vmap(one, randomness="different")(stacked, held, rows)
+    # Autocast does not reach the batched products: what it would cast is cast here.
+    with without_autocast(rows):
+        return vmap(one, randomness="different")(stacked, held, _cast(rows, dtype))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 class _Call(nn.Module):
@@ -53,4 +62,4 @@ class _Call(nn.Module):
         self.call = plan.forward
 
     def forward(self, rows: Tensor) -> Tensor:
-        return self.call(self.expert, rows.unsqueeze(0)).squeeze(0)
+        return self.call(self.expert, rows)
