@@ -135,7 +135,8 @@ def run(config: BuildMoe) -> float | None:
     result = None
     if config.learns:
         listener = TrainingForwards(log, config.log_every) if accelerator.is_main_process else None
-        model.losses, model.losses_over, model.free_bits = dict(config.losses), config.losses_over, config.free_bits
+        model.losses = dict(config.losses)
+        model.loss_options = {"over": config.losses_over, "free_bits": config.free_bits}
         statistics = _statistics(config, model) if accelerator.is_main_process else None
         with listening(model, listener), _keeping(model, config, datasets):
             result = _train(config, model, datasets, backbone, accelerator, run, statistics=statistics)

@@ -30,7 +30,7 @@ from mole.mixtures.wrapping import MixtureOptions, expert_now, wrap
 from mole.registry import unknown
 from mole.routers import MixtureShape, Router
 from mole.routing import Frame, Routing, RoutingContext, RoutingInputs
-from mole.routing.losses import Over, labels_of, routing_losses
+from mole.routing.losses import labels_of, routing_losses
 
 TRAINS = ("router", "experts", "both", "none")
 
@@ -68,13 +68,11 @@ class MultiExpertModel(nn.Module, Generation):
         self.listeners: list[Listener] = []
         self.observers: list[Observer] = []
         self.losses: dict[str, float] = {}  # of the routing, in training: name → coefficient
-        self.losses_over: Over = "microbatch"
-        self.free_bits = 0.0  # see mole/routing/losses.py
+        self.loss_options: dict[str, Any] = {}  # over and free_bits of `routing_losses`
         self.hidden_store: HiddenStore | None = None  # keeps the routing pass of training examples, if set
         self.speculation: SpeculationReport | None = None  # of the last `generate` with self_speculation
-        biased = any(
-            getattr(w, "bias", None) is not None for adapter in experts.values() for w in adapter.modules.values()
-        )
+        parts = (part for adapter in experts.values() for part in adapter.modules.values())
+        biased = any(getattr(part, "bias", None) is not None for part in parts)
         self.options = MixtureOptions(
             kernel=kernel,
             expert_dropout=expert_dropout,
@@ -244,8 +242,8 @@ class MultiExpertModel(nn.Module, Generation):
     def _add_losses(self, output: Any, frame: Frame, labels: Tensor | None) -> None:
         tasks, mask = frame.inputs.task_names, frame.inputs.attention_mask
         labels = labels_of(tasks, self.shape.expert_tasks) if labels is None else labels
-        options = {"over": self.losses_over, "free_bits": self.free_bits}
-        found = routing_losses(self.losses, frame.seen.values(), mask, labels, **options) if self.losses else {}
+        seen, options = frame.seen.values(), self.loss_options
+        found = routing_losses(self.losses, seen, mask, labels, **options) if self.losses else {}
         total = sum(self.losses[name] * loss for name, loss in found.items())
         for (name, _), penalty in frame.penalties.items():
             found[name] = found.get(name, 0.0) + penalty.to(self.device)

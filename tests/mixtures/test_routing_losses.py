@@ -60,3 +60,13 @@ def test_supervised_gates_find_the_expert_of_the_task():
         model.eval()(input_ids=IDS, use_cache=False)
     assert (model.router.latest.scalings[0, :, 0].argmax(-1) == 1).all()
     assert (model.router.latest.scalings[1, :, 0].argmax(-1) == 2).all()
+
+
+def test_what_the_losses_are_taken_over_reaches_them():
+    model, values = mixture("top_k", torch.float64).train(), {}
+    model.losses = {"load_balance": 1.0}
+    for over in ("microbatch", "sequence"):
+        model.loss_options = {"over": over}
+        torch.manual_seed(0)
+        values[over] = float(model(input_ids=IDS, use_cache=False).auxiliary_loss.detach())
+    assert values["sequence"] > values["microbatch"]
