@@ -162,7 +162,7 @@ MUTANTS = [
         f"{BACKENDS}/blob.py",
         "written = self._store.replace(key, data, version)",
         "written = str(self._store.put(key, data, len(data)) or self._store.head(key).version)",
-        (CONTRACT, "of_eight_writers_of_one_name and memory"),
+        (BLOB, "seen_the_same_state and memory"),
     ),
     Mutant(
         "blob: the store is not probed",

@@ -5,6 +5,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -94,6 +96,38 @@ def test_a_removal_deletes_nothing_so_that_a_card_published_right_after_it_stays
     monkeypatch.setattr(BlobStore, "replace", replace)
     memory.remove("mrpc", version)
     assert memory.card("mrpc")[0] == read_card(folders[1])
+
+
+@pytest.mark.parametrize("before", ["absent", "removed", "present"])
+def test_of_two_writers_that_have_seen_the_same_state_one_wins(backend, folders, monkeypatch, before):
+    version = None if before == "absent" else backend.publish("mrpc", folders[2])
+    if before == "removed":
+        backend.remove("mrpc", version)
+        version = None
+    real, together, looks = BlobStore.read, threading.Barrier(2), threading.local()
+
+    def read(store, key, most):
+        found = real(store, key, most)
+        looks.number = getattr(looks, "number", 0) + (key == "cards/mrpc.json")
+        if key == "cards/mrpc.json" and looks.number <= 2:  # before anything is sent, and right before the card is
+            together.wait(timeout=30)
+        return found
+
+    def work(folder):
+        try:
+            return backend.publish("mrpc", folder, version)
+        except Conflict as error:
+            return error
+
+    backend._store.check_conditions()
+    monkeypatch.setattr(BlobStore, "read", read)
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(work, folders[:2]))
+    monkeypatch.undo()
+    (loser,) = [outcome for outcome in outcomes if isinstance(outcome, Conflict)]
+    winner = folders[1 - outcomes.index(loser)]
+    assert backend.card("mrpc") == (read_card(winner), outcomes[1 - outcomes.index(loser)])
+    assert loser.revision == revision(winner)
 
 
 def test_a_revision_that_lost_was_never_an_old_one(backend, folders):
