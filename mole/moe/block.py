@@ -233,7 +233,7 @@ class MoEBlock(nn.Module):
     # ---- what the experts are given
     def _plan(self) -> ExpertPlan:
         plain = type(self).expert_forward is MoEBlock.expert_forward
-        return ExpertPlan(self.experts, self.expert_forward, self.config.route == "tokens", plain)
+        return ExpertPlan(list(self.experts), self.expert_forward, self.config.route == "tokens", plain)
 
     def _contract_for(self, x: Tensor) -> str:
         """pointwise, sequence or zeros; samples where whole ones are routed. Probed once, if nobody said it."""

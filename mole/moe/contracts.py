@@ -61,7 +61,9 @@ def surely_pointwise(expert: nn.Module) -> bool:
     """Whether an expert is made of nothing but layers that treat each token by itself."""
     if isinstance(expert, nn.Sequential):
         return all(surely_pointwise(part) for part in expert)
-    if type(expert) is nn.Linear or (type(expert) in _NORMS and len(expert.normalized_shape) == 1):
+    if isinstance(expert, _NORMS):
+        return type(expert) in _NORMS and len(expert.normalized_shape) == 1
+    if type(expert) is nn.Linear:
         return True
     return silent(expert)
 

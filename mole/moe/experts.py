@@ -89,14 +89,14 @@ def width_of(expert: nn.Module, route: str) -> int | None:
         if isinstance(found, int):
             return found
         if type(module).__name__ == "Conv1D" and hasattr(module, "nx"):  # transformers' linear layer of GPT-2
-            return int(module.weight.shape[0])
+            return int(module.get_parameter("weight").shape[0])
     return None
 
 
 def first_width(expert: nn.Module) -> int | None:
     """The width that an expert must be given for sure: of a linear layer, or of a chain that begins with one."""
     while isinstance(expert, nn.Sequential) and len(expert):
-        expert = expert[0]
+        expert = next(expert.children())
     return expert.in_features if isinstance(expert, nn.Linear) else None
 
 

@@ -15,7 +15,7 @@ from mole.moe.dispatch.stacked import TooDeepError, stacked
 from mole.moe.experts import architecture
 from mole.moe.quiet import quietly
 
-NAMED = ("vmap", "grouped", "stacked")
+NAMED: tuple[str, ...] = ("vmap", "grouped", "stacked")
 TRIED = 3  # tokens
 CLOSE, COARSE = 1e-4, 5e-2
 
