@@ -22,7 +22,7 @@ from mole.experts.backends.entries import ARTEFACTS, EXPERTS
 from mole.experts.backends.hub_address import DEFAULT_BRANCH, HubAddress, check_repo_id, is_commit, parse_hub_address
 from mole.experts.backends.hub_address import check_revision as check_branch
 from mole.experts.backends.hub_reading import Row, check_rows
-from mole.experts.backends.hub_requests import Missing, Patience
+from mole.experts.backends.hub_requests import Missing, Patience, scrub_text
 from mole.experts.backends.hub_writing import Batch, Entry, HubWriting, revisions_of
 from mole.experts.card import MAX_CARD_BYTES
 from mole.experts.errors import Conflict, Damaged, NoLibrary, ReadOnly, UnknownExpert
@@ -140,7 +140,11 @@ class HubBackend:
                     yield name, card
 
     def _parsed(self, name: str, data: bytes) -> Any:
-        return self._entries.parse(data, f"{self.url}/{name}")
+        try:
+            return self._entries.parse(data, f"{self.url}/{name}")
+        except Damaged as error:
+            problem = Damaged(scrub_text(str(error)))
+        raise problem  # alone: what lies under the other holds the whole card
 
     def _find(self, name: str, revision: str | None) -> tuple[Any, str]:
         """The card of an expert, or of the one old revision that starts with `revision`, and a commit that has it."""

@@ -70,7 +70,9 @@ class HubReading(HubRequests):
         found: dict[str, Row] = {}
         for row in self._pages(f"/tree/{commit}{below}", MOST_ROWS, **flags):
             if row.path in found or (folder and not row.path.startswith(f"{folder}/")):
-                raise Damaged(f"{self.what}: the listing of {shown(folder or '/')} holds {shown(row.path)} wrongly")
+                raise Damaged(
+                    f"{self.what}: the listing of {self.clean(folder or '/')} holds {self.clean(row.path)} wrongly"
+                )
             found[row.path] = row
         return list(found.values())
 
@@ -95,7 +97,7 @@ class HubReading(HubRequests):
             answer = self.post_form(f"/paths-info/{commit}", {"paths": some, "expand": False})
             for row in map(self._row, self._list(answer)):
                 if row.path not in some or row.path in found:
-                    raise Damaged(f"{self.what}: asked for other paths, the Hub tells of {shown(row.path)}")
+                    raise Damaged(f"{self.what}: asked for other paths, the Hub tells of {self.clean(row.path)}")
                 found[row.path] = row
         return found
 
@@ -177,11 +179,11 @@ class HubReading(HubRequests):
             raise self._malformed(row)
         path, size, large = row.get("path"), row.get("size", 0), row.get("lfs")
         if not isinstance(path, str) or not 0 < len(path) <= _LONGEST_PATH or _BAD.search(path):
-            raise Damaged(f"{self.what}: a listing with the path {shown(path)}")
+            raise Damaged(f"{self.what}: a listing with the path {self.clean(path)}")
         if {"", ".", ".."} & set(path.split("/")):
-            raise Damaged(f"{self.what}: a listing with the path {shown(path)}")
+            raise Damaged(f"{self.what}: a listing with the path {self.clean(path)}")
         if type(size) is not int or not 0 <= size < 2**63:
-            raise Damaged(f"{self.what}: {shown(path)} with the size {shown(size)}")
+            raise Damaged(f"{self.what}: {self.clean(path)} with the size {self.clean(size)}")
         sha256 = large.get("oid") if isinstance(large, dict) else None
         if sha256 is not None and not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
             raise self._malformed(row)
@@ -198,7 +200,7 @@ class HubReading(HubRequests):
         return value
 
     def _malformed(self, value: Any) -> Damaged:
-        return Damaged(f"{self.what}: an answer of the Hub is malformed: {shown(value)}")
+        return Damaged(f"{self.what}: an answer of the Hub is malformed: {self.clean(value)}")
 
 
 def check_rows(rows: Iterable[Row], card: AnyCard, where: str, card_file: str) -> None:

@@ -28,6 +28,7 @@ MAX_ANSWER_BYTES = 16 << 20
 _BUSY = frozenset({408, 409, 412, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS = 5
+_NO_JSON = object()
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{3,}|(?i:bearer)\s+\S+")
 _QUERY = re.compile(r"(https?://[^\s?'\"<>]*)\?[^\s'\"<>]*")
 # What the client, and what lies under it, logs: addresses with signatures, and headers.
@@ -113,13 +114,12 @@ class HubRequests:
     def _json(self, method: str, url: str, **more: Any) -> tuple[Any, str | None]:
         def take(response: Any) -> tuple[Any, str | None]:
             body = b"".join(self.chunks(response, MAX_ANSWER_BYTES))
-            try:
-                value = json.loads(body)
-            except (ValueError, RecursionError):
-                raise Damaged(f"{self.what}: the Hub's answer is not JSON: {shown(body[:60])}") from None
+            value = _parsed(body)
+            if value is _NO_JSON:
+                raise Damaged(f"{self.what}: the Hub's answer is not JSON: {self.clean(body[:9999])}")
             following = response.links.get("next", {}).get("url")
             if following is not None and _origin(following := _joined(url, following)) != _origin(self.endpoint):
-                raise Damaged(f"{self.what}: the next page lies elsewhere: {shown(_plain(following))}")
+                raise Damaged(f"{self.what}: the next page lies elsewhere: {self.clean(_plain(following))}")
             return value, following
 
         return self.ask(method, url, take, same_host=True, **more)
@@ -139,7 +139,7 @@ class HubRequests:
         """The body of an answer, which is cut off behind `most` bytes: more is Damaged, and so is a packed one."""
         packed = response.headers.get("content-encoding", "identity")
         if packed != "identity":
-            raise Damaged(f"{self.what}: the answer is packed ({shown(packed)}), which was not asked for")
+            raise Damaged(f"{self.what}: the answer is packed ({self.clean(packed)}), which was not asked for")
         told = response.headers.get("content-length", "")
         left = most + 1
         for chunk in response.iter_raw() if not _exceeds(told, most) else ():
@@ -169,9 +169,9 @@ class HubRequests:
                 return answer
             target = _joined(url, answer.url)
             if not target.startswith(("http://", "https://")) or (same_host and _origin(target) != _origin(url)):
-                raise Unreachable(f"{self.what}: the Hub points to another place: {shown(_plain(target))}")
+                raise Unreachable(f"{self.what}: the Hub points to another place: {self.clean(_plain(target))}")
             if url.startswith("https:") and target.startswith("http:"):
-                raise Unreachable(f"{self.what}: the Hub points to an unprotected place: {shown(_plain(target))}")
+                raise Unreachable(f"{self.what}: the Hub points to an unprotected place: {self.clean(_plain(target))}")
             url, more = target, {key: value for key, value in more.items() if key != "params"}
         raise Unreachable(f"{self.what}: the Hub sends from place to place")
 
@@ -226,9 +226,9 @@ class HubRequests:
         problem.__cause__ = ConnectionError(text)
         return problem
 
-    def clean(self, text: str) -> str:
-        """Text for a message: escaped, cut, without tokens and signatures."""
-        return shown(scrub_text(text), 200)[1:-1]
+    def clean(self, value: object) -> str:
+        """What the Hub gave, for a message: escaped, cut, without tokens and signatures, which it may send back."""
+        return shown(scrub_text(value if isinstance(value, str) else repr(value)), 200)[1:-1]
 
 
 class _Elsewhere(NamedTuple):
@@ -269,6 +269,13 @@ def _quieten() -> None:
             logger = logging.getLogger(name)
             if not any(isinstance(known, _Scrubbed) for known in logger.filters):
                 logger.addFilter(_Scrubbed())
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):  # its error holds the whole body, and so does one that is raised from here
+        return _NO_JSON
 
 
 def _exceeds(told: str, most: int) -> bool:
