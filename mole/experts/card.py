@@ -196,10 +196,12 @@ def _told(name: str, shapes: str | None) -> str:
     return f"{name!r} (shapes {shapes[:8]})" if shapes else f"{name!r}"
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
 def digest_of(value: object) -> str:
     """The sha256 of plain data in one form: sorted keys, no spaces, ASCII, Python's shortest floats."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return hashlib.sha256(_CANONICAL.encode(value).encode()).hexdigest()
 
 
 def file_facts(path: Path) -> dict[str, Any]:
@@ -239,8 +241,7 @@ def known_card(card: dict[str, Any]) -> Card:
 
 
 def _from_dict(card: dict[str, Any]) -> Card:
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in card.items()}
-    return Card(**{**values, "backbone": BackboneRef(**card["backbone"])})
+    return known_card(dict(card))
 
 
 def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:

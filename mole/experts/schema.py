@@ -135,13 +135,15 @@ def record(fields: Mapping[str, Check]) -> Check:
     def check(value: Any, field: str) -> None:
         if not isinstance(value, dict):
             return fail(field, "an object", value)
-        for name in value:
-            if name not in fields:
-                raise FieldError(f"{_dotted(field, shown(name)[1:-1])}: unknown field (known: {', '.join(fields)})")
+        prefix = f"{field}." if field else ""
+        if value.keys() != fields.keys():
+            for name in value:
+                if name not in fields:
+                    raise FieldError(f"{prefix}{shown(name)[1:-1]}: unknown field (known: {', '.join(fields)})")
         for name, one in fields.items():
             if name not in value:
-                raise FieldError(f"{_dotted(field, name)}: missing")
-            one(value[name], _dotted(field, name))
+                raise FieldError(f"{prefix}{name}: missing")
+            one(value[name], prefix + name)
         return None
 
     return check
