@@ -176,7 +176,9 @@ def draw_with_plotly(pictures: np.ndarray, masks: np.ndarray, labels: Sequence[s
         from plotly import graph_objects  # type: ignore[import-not-found]
         from plotly.subplots import make_subplots  # type: ignore[import-not-found]
     except ImportError:
-        raise MissingExtra("backend=plotly needs plotly, which is not installed: pip install plotly") from None
+        raise MissingExtra(
+            "backend=plotly needs plotly, which is not installed: pip install 'mole-experts[plotly]'"
+        ) from None
     images, experts = masks.shape[:2]
     titles = [f"{label}  {masks[i, e].mean():.1%}" for i in range(images) for e, label in enumerate(labels)]
     figure = make_subplots(rows=images, cols=experts, subplot_titles=titles, horizontal_spacing=0.01)

@@ -263,7 +263,7 @@ def test_plotly_is_an_extra():
     try:
         import plotly  # noqa: F401
     except ImportError:
-        with pytest.raises(MissingExtra, match="pip install plotly"):
+        with pytest.raises(MissingExtra, match="needs plotly, which is not installed"):
             image_through_experts(picture(), model, PATCH, backend="plotly")
         return
     (figure,) = image_through_experts(picture(), model, PATCH, backend="plotly").values()
