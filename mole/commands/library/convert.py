@@ -30,6 +30,7 @@ class LibraryConvert:
 
     backbone: BACKBONES.union() | None = None  # type: ignore[valid-type]
     dataset: DATASETS.union() | None = None  # type: ignore[valid-type]
+    datasets: dict[str, DATASETS.union()] = Field(default_factory=dict)  # type: ignore[valid-type]
     mixture: str
     library: str
     as_: Literal["member", "merged", "distilled", "mixture"] | None = Field(default=None, alias="as")
@@ -57,7 +58,7 @@ class LibraryConvert:
             problems.append("as=member keeps each expert's own name: leave out name")
         if self.as_ in ("merged", "distilled") and self.backbone is None:
             problems.append(not_chosen("backbone", BACKBONES.names()))
-        if self.as_ == "distilled" and self.dataset is None:
+        if self.as_ == "distilled" and self.dataset is None and not self.datasets:
             problems.append(not_chosen("dataset", DATASETS.names()))
         if self.as_ == "distilled" and not self.approximate:
             problems.append("as=distilled is not exact: the mean routing stands for all; say approximate=true")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mole import data, merging, mixtures
 from mole.backbones import Backbone
+from mole.config.nodes import chosen_datasets
 from mole.data import Sample
 from mole.data.samples import spread
 from mole.evaluation import mean_loss, total
@@ -57,12 +58,12 @@ def distilled(config: Any, folder: Path, backbone: Backbone) -> tuple[Merged, di
     experts that are not linear in what they hold.
     """
     model = mixtures.load_mixture(folder, backbone, allow_other_backbone=config.allow_other_backbone)
-    name = getattr(config.dataset, "task", None) or config.dataset.name
     splits = data.load_many(
-        {name: config.dataset}, backbone.tokenizer, seed=config.seed, context_length=backbone.context_length
+        chosen_datasets(config), backbone.tokenizer, seed=config.seed, context_length=backbone.context_length
     )
-    split = next(iter(splits.values()))
-    samples = spread(split.validation or split.train, config.examples)
+    name = "+".join(splits)
+    held_out, train = (data.joined(splits.values(), split) for split in ("validation", "train"))
+    samples = spread(held_out or train, config.examples)
     observer = MeanRouting(len(model.expert_names))
     model.observers.append(observer)
     before = _loss(model, samples, backbone, config.batch_size)
@@ -86,7 +87,7 @@ def _loss(model: Any, samples: list[Sample], backbone: Backbone, batch_size: int
 
 def _facts(config: Any, folder: Path, name: str, losses: tuple[float, float], examples: int) -> dict[str, Any]:
     card = read_card(folder)
-    row = {"task": None, "dataset": name, "split": "validation", "examples": examples, "higher_is_better": False}
+    row = {"task": None, "dataset": name, "split": None, "examples": examples, "higher_is_better": False}
     scores = [{"metric": "loss", "value": losses[1], "config": None, **row}]
     scores.append({"metric": "mixture_loss", "value": losses[0], "config": None, **row})
     return {
