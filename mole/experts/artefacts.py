@@ -110,7 +110,7 @@ def get(library: ExpertLibrary, making: Making, compute: Callable[[], Value] | N
 
 def stored(library: ExpertLibrary, name: str | None, kind: str | None) -> list[Stored]:
     """The artefacts that lie in a library; `kind` is compared exactly."""
-    cards = library.cards()
+    cards, _ = library.look()
     if name is not None and name not in cards:
         cards = {name: library.card(name)}
     names = {}

@@ -263,6 +263,15 @@ def test_artefacts_are_listed_shown_and_removed(mole, lib):
     assert [row.card.kind for row in lib.artefacts()] == ["table"]
 
 
+def test_show_of_a_sound_expert_does_not_mind_a_damaged_one_beside_it(mole, lib, tmp_path):
+    (tmp_path / "lib" / "b" / "expert.json").write_text("{}")
+    assert mole("show", "lib", "a")[0] == 0
+    code, _, err = mole("push", "lib", "copy")
+    assert code == 2
+    assert "lib/b" in err
+    assert mole("push", "lib", "copy", "names=[a]")[0] == 0
+
+
 def test_gc_only_says_what_would_go_until_it_is_told(mole, lib, tmp_path):
     lib.edit_card("a", tags=["x"])
     before = files(tmp_path)
