@@ -11,6 +11,7 @@ loads of the experts, and the losses.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ from mole.moe import (
 )
 
 PATCH, WIDTH, HIDDEN = 25, 64, 0.6  # pixels; features; share of patches that are hidden in training
-BALANCE = 20.0  # times the blocks' own coefficients: two photographs are little to keep experts apart on
+BALANCE = 30.0  # times the blocks' own coefficients: two photographs are little to keep experts apart on
+ROUTING: dict[str, Any] = {"k": 1, "noise": None, "aux_criterion": "load_balance"}
 PHOTOS = ("coffee.png", "chelsea.png")
 
 
@@ -48,7 +50,7 @@ class MLPs(MoEBlock):
         def mlp() -> nn.Module:
             return nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
 
-        super().__init__(mlp, input_dim=WIDTH, num_experts=4, k=1, hole=True, noise="gumbel", layer_id=layer_id)
+        super().__init__(mlp, input_dim=WIDTH, num_experts=4, hole=True, layer_id=layer_id, **ROUTING)
 
 
 class Attentions(MoEBlock):
@@ -56,7 +58,7 @@ class Attentions(MoEBlock):
 
     def __init__(self, layer_id: str):
         experts = [nn.MultiheadAttention(WIDTH, 4, batch_first=True) for _ in range(3)]
-        super().__init__(experts, input_dim=WIDTH, k=2, contract="sequence", noise="gumbel", layer_id=layer_id)
+        super().__init__(experts, input_dim=WIDTH, contract="sequence", layer_id=layer_id, **ROUTING)
 
     def expert_forward(self, expert: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
         padding = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask.bool(), torch.finfo(x.dtype).min)

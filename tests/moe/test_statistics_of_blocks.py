@@ -154,9 +154,10 @@ def test_every_router_can_be_recorded(name):
     model = block(1 if name == "depth" else 4, config=MoEConfig(router=MoERouterConfig(name=name)))
     extra = {"token_ids": torch.arange(21).reshape(3, 7)} if name == "hash" else {}
     with record_routing(model, keep="weights") as stats:
-        model(inputs(), **extra)
+        model(inputs(), mask_of(), **extra)
     found = stats[""]
-    assert found.tokens == 21
+    assert found.tokens == 18
+    assert (found.ids[0][-1, 4:] == -1).all()
     assert found.drops == 0
     assert 0 < int(found.loads.sum()) == found.slots
     assert math.isfinite(found.entropy)

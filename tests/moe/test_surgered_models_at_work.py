@@ -1,9 +1,4 @@
-"""Models after surgery under autocast, torch.compile and Accelerate; other architectures; the example on photographs."""
-
-import json
-import runpy
-import sys
-from pathlib import Path
+"""Models after surgery under autocast, torch.compile and Accelerate; other architectures."""
 
 import pytest
 import torch
@@ -12,11 +7,7 @@ from surgery_cases import MLPS, batch, llama
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
-import mole
 from mole.moe import MoEConfig, MoERouterConfig, aux_loss, moefy, record_routing, unmoefy, update_router_bias
-
-ROOT = Path(mole.__file__).parents[1]
-DATA = ROOT.parent / "shared" / "data"
 
 
 def surgered(**settings):
@@ -118,24 +109,6 @@ def test_a_depth_router_needs_its_predictor_for_generation_with_a_cache():
     (model(**batch()).logits.square().mean() + aux_loss(model)).backward()
     model.eval()
     assert model.generate(**batch(), max_new_tokens=2, do_sample=False).shape[1] == 13
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not (DATA / "vision").is_dir(), reason="no photographs beside the checkout")
-def test_the_vision_example_paints_photographs_and_shows_every_patch(tmp_path, monkeypatch):
-    script = ROOT / "scripts" / "moe_vision.py"
-    monkeypatch.setattr(sys, "argv", [str(script), str(DATA), str(tmp_path), "12"])
-    runpy.run_path(str(script), run_name="__main__")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *("attention.png", "attention-load.png", "attention-total.png"),
-        *("mlp.png", "mlp-load.png", "mlp-total.png", "facts.json"),
-    }
-    facts = json.loads((tmp_path / "facts.json").read_text())
-    assert facts["losses"][-1] < 0.8 * facts["losses"][0]
-    patches = 2 * (400 // 25) * (600 // 25)
-    assert sum(facts["blocks"]["mlp"]["loads"].values()) == patches
-    assert sum(facts["blocks"]["attention"]["loads"].values()) == 2 * patches
-    assert sum(sum(loads) for loads in facts["by_photo"]["mlp"].values()) == patches
 
 
 def test_whatever_takes_a_tensor_can_be_wrapped():
