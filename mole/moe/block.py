@@ -8,7 +8,6 @@ A router chooses (routers/), null experts and capacity change what is chosen, a 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,13 +18,13 @@ from torch import Tensor, nn
 from mole.moe.balance import block_losses, slot_counts, summed_over_ranks
 from mole.moe.capacity import factor_of, limited
 from mole.moe.config import MoEConfig, losses_of
-from mole.moe.contracts import contract_of
+from mole.moe.contracts import contract_of, takes_mask
 from mole.moe.dispatch import ExpertPlan, Fitness, check_backend, dispatched, dispatched_whole, fitness
 from mole.moe.experts import Experts
 from mole.moe.inject import injected
 from mole.moe.latest import Latest
 from mole.moe.ledger import Ledger
-from mole.moe.nulls import Nulls
+from mole.moe.nulls import Nulls, alike
 from mole.moe.reading import Units, units_of
 from mole.moe.recompute import recomputing
 from mole.moe.routers import MOE_ROUTERS, Choice, SoftChoice, Tokens
@@ -92,7 +91,7 @@ class MoEBlock(nn.Module):
         self.context: RoutingContext | None = None
         self.observers: list[Observer] = []
         self.ledger = Ledger()
-        self._takes_mask = len(inspect.signature(self.expert_forward).parameters) > 2
+        self._takes_mask = takes_mask(self.expert_forward, config.contract)
         self._contract: str | None = None
         self._fitness: Fitness | None = None
         check_backend(config.backend, fitness(self._plan(), None))
@@ -140,8 +139,6 @@ class MoEBlock(nn.Module):
             return self._softly(plan, contract, units, choice)
         ids, weights = _flat(choice.routing)
         if contract in ("pointwise", "samples"):
-            if units.mask is not None and self._takes_mask:
-                raise ValueError("expert_forward takes a mask, which route=sequence does not give: read it in forward")
             return dispatched(plan, units.x, (ids, weights), choice.limit, self.config.backend, self._fitness)
         whole = x if contract == "zeros" and x.dim() > 2 else units.read
         y = dispatched_whole(plan, whole, (ids, weights), contract, self.expert_forward if self._takes_mask else None)
@@ -174,7 +171,7 @@ class MoEBlock(nn.Module):
             y = self.nulls(y, rows, *_flat(routing))
         if config.router.name == "depth" and config.router.residual == "inside":
             gate = routing.weights.reshape(-1, *(1,) * (y.dim() - 1))
-            y = y + ((1 - gate) * rows).to(y.dtype)
+            y = y + ((1 - gate) * alike(rows, y, "router.residual=inside")).to(y.dtype)
         for expert in self.shared:
             out = self.expert_forward(expert, units.read if config.route == "tokens" else rows)
             y = y + (out.flatten(0, 1) if config.route == "tokens" else out)
@@ -182,7 +179,7 @@ class MoEBlock(nn.Module):
             idle = (routing.expert_ids < 0).all(-1).reshape(-1, *(1,) * (y.dim() - 1))
             if config.router.name in ("expert_choice", "depth"):  # a token that nobody took was not dropped
                 idle = torch.zeros_like(idle) if units.valid is None else ~units.valid.reshape(idle.shape)
-            y = torch.where(idle, rows.to(y.dtype), y)
+            y = torch.where(idle, alike(rows, y, "capacity.dropped").to(y.dtype), y)
         elif units.valid is not None:
             y = torch.where(units.valid.reshape(-1, *(1,) * (y.dim() - 1)), y, 0.0)
         if units.mask is not None:

@@ -10,6 +10,7 @@ same.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +56,16 @@ def contract_of(asked: str, plan: ExpertPlan, x: Tensor, name: str) -> str:
         plan.num_experts,
     )
     return "zeros"
+
+
+def takes_mask(call: Callable[..., Any], contract: str) -> bool:
+    """Whether `call` (expert, x, …) takes a mask as its third argument. Raises ValueError if it cannot go without."""
+    third = list(inspect.signature(call).parameters.values())[2:3]
+    if third and contract != "sequence" and third[0].default is third[0].empty:
+        raise ValueError(
+            f"expert_forward takes {third[0].name}, which contract=sequence gives, not contract={contract}"
+        )
+    return bool(third)
 
 
 def surely_pointwise(expert: nn.Module) -> bool:

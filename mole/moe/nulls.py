@@ -28,12 +28,18 @@ class Nulls(nn.Module):
             gate = torch.where(ids == self.first + place, weights, 0.0).sum(-1)
             gate = gate.view(-1, *(1,) * (y.dim() - 1))
             if kind == "identity":
-                if x.shape != y.shape:
-                    raise ValueError(
-                        f"null_experts: identity needs experts whose output has the shape of their input, "
-                        f"{tuple(x.shape[1:])}, got {tuple(y.shape[1:])}: use zero or constant"
-                    )
+                alike(x, y, "null_experts")
                 y = y + (gate * x).to(y.dtype)
             else:
                 y = y + (gate * self.get_parameter(f"constant_{place}")).to(y.dtype)
         return y
+
+
+def alike(x: Tensor, y: Tensor, who: str) -> Tensor:
+    """`x`, if it has the shape of the output `y`. Raises ValueError, naming the setting that needs it."""
+    if x.shape != y.shape:
+        raise ValueError(
+            f"{who}: identity needs experts whose output has the shape of their input, {tuple(x.shape[1:])}, got "
+            f"{tuple(y.shape[1:])}"
+        )
+    return x

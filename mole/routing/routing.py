@@ -106,5 +106,6 @@ class Routing:
             weights=self.weights.detach(),
             logits=None if self.logits is None else self.logits.detach(),
             predicted=None if self.predicted is None else self.predicted.detach(),
+            chances=None if self.chances is None else self.chances.detach(),
             spread=None if self.spread is None else self.spread.detach(),
         )

@@ -132,3 +132,18 @@ def test_soft_slots_of_attention_are_a_sequence():
     experts = [Attention(seed=seed) for seed in range(2)]
     moe = block(experts, router_name="soft", router_slots=3, contract="sequence")
     assert moe(inputs(2, 5, DIM)).shape == (2, 5, DIM)
+
+
+def test_an_expert_that_takes_a_mask_needs_sequences():
+    with pytest.raises(ValueError, match="contract=sequence"):
+        MaskedBlock([Attention()], input_dim=DIM)
+
+
+def test_what_a_forward_leaves_has_no_graph_but_its_loss():
+    moe = block(4, k=2, router_noise="learned", router_losses={"load_cv2": 1.0})
+    moe(inputs(2, 5, DIM))
+    kept = moe.last
+    assert kept is not None
+    for tensor in (kept.weights, kept.logits, kept.chances, *moe.losses.values()):
+        assert not tensor.requires_grad
+    assert moe.aux_loss.requires_grad
