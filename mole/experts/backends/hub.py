@@ -327,7 +327,8 @@ class HubConfig:
     private: bool = True
 
     def __post_init__(self) -> None:
-        parse_hub_address(self.url)
+        if "://" in self.url:  # what is no address at all is told when it is opened
+            parse_hub_address(self.url)
 
 
 @LIBRARIES.register("hub", HubConfig)
