@@ -295,7 +295,7 @@ MUTANTS = [
         f"{BACKENDS}/blob_store.py",
         '_QUERY.sub("?…", ',
         "str(",
-        (BLOB, "signed_address"),
+        (BLOB, "told_of_a_clients_error"),
     ),
 ]
 

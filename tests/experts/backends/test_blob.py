@@ -325,6 +325,15 @@ def test_a_signed_address_is_in_no_error(azure_server, folders):
             assert "canary" not in told
 
 
+def test_what_is_told_of_a_clients_error_is_its_first_line_without_queries_and_the_stores_own_words():
+    body = "<Error><Code>SlowDown</Code><Message>canary</Message></Error>"
+    line = f"Error performing PUT https://x/y?sv=1&sig=canary in 3ms - status code: 503 Service Unavailable: {body}"
+    status, text = blob_store._told(RuntimeError(f"{line}\n\nDebug source: canary"))
+    assert status == 503
+    assert text.endswith("status code: 503 Service Unavailable (SlowDown)")
+    assert "canary" not in text
+
+
 def test_a_store_without_etags_is_refused_and_a_weak_one_is_not_taken_for_a_strong_one():
     store = BlobStore(None, "s3://bucket")
     assert store._version("0x8D") == store._version('"0x8D"') == '"0x8D"'
