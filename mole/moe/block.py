@@ -23,7 +23,7 @@ from mole.moe.dispatch import ExpertPlan, Fitness, check_backend, dispatched, di
 from mole.moe.experts import Experts
 from mole.moe.inject import injected
 from mole.moe.latest import Latest
-from mole.moe.ledger import Ledger
+from mole.moe.ledger import Ledger, nothing_owed
 from mole.moe.nulls import Nulls, alike
 from mole.moe.reading import Units, units_of
 from mole.moe.recompute import recomputing
@@ -274,7 +274,7 @@ class MoEBlock(nn.Module):
     def aux_loss(self) -> Tensor:
         """Σ coefficient · loss of the latest forward, a scalar with graph; 0 in eval, and when aux_loss took it."""
         owed = self.ledger.owed
-        return torch.stack(owed).sum() if owed else next(self.parameters()).new_zeros((), dtype=torch.float32)
+        return torch.stack(owed).sum() if owed else nothing_owed(self)
 
     @property
     def backend_used(self) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mole.moe.balance import summed_over_ranks
 from mole.moe.block import MoEBlock
+from mole.moe.ledger import nothing_owed
 
 
 def aux_loss(model: nn.Module) -> Tensor:
@@ -17,7 +18,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     blocks = _blocks(model)
     owed = [loss for block in blocks for loss in block.ledger.take()]
     if not owed:
-        return next(blocks[0].parameters()).new_zeros((), dtype=torch.float32)
+        return nothing_owed(blocks[0])
     return torch.stack([loss.to(owed[0].device) for loss in owed]).mean()
 
 

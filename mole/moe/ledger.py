@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mole.moe.latest import Latest
 
@@ -74,3 +74,8 @@ class Ledger:
 
     def __reduce__(self):
         return (Ledger, ())
+
+
+def nothing_owed(module: nn.Module) -> Tensor:
+    """0, where the module is."""
+    return next(module.parameters(), torch.zeros(())).new_zeros((), dtype=torch.float32)

@@ -7,7 +7,7 @@ import torch
 from moe_cases import DIM, block, inputs, mlps
 from torch.nn import functional as F
 
-from mole.moe import MoEBlock
+from mole.moe import MoEBlock, aux_loss
 from mole.routing import Frame, RoutingContext, RoutingInputs
 
 
@@ -221,10 +221,18 @@ def test_hash_goes_by_the_token_id_alone():
         assert len(first[ids == token].unique(dim=0)) == 1
     with pytest.raises(ValueError, match="needs token ids"):
         moe(inputs(4, 50, DIM))
+    with pytest.raises(ValueError, match="give one id for each"):
+        moe(inputs(4, 50, DIM), token_ids=ids[:, 1:])
     moe.context = RoutingContext()
     with moe.context.push(Frame(inputs=RoutingInputs(input_ids=ids))):
         moe(inputs(4, 50, DIM))
     assert torch.equal(first, moe.last.expert_ids)
+
+
+def test_a_block_without_any_parameter_has_losses_of_zero():
+    moe = block([torch.nn.Identity()], router_name="round_robin")
+    assert torch.equal(moe(inputs(1, 3, DIM)), inputs(1, 3, DIM))
+    assert moe.aux_loss.item() == aux_loss(moe).item() == 0
 
 
 def test_round_robin_is_balanced_over_real_tokens():

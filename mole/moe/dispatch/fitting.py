@@ -66,7 +66,7 @@ def fitness(plan: ExpertPlan, x: Tensor | None) -> Fitness:
 
 
 def _of_recipe(plan: ExpertPlan, found: Known, expert: nn.Module, x: Tensor | None, reasons: dict[str, str]) -> None:
-    dtype = next(expert.parameters()).dtype
+    dtype = next(expert.parameters(), torch.zeros(())).dtype
     if not fits(dtype):
         reasons["grouped"] = f"dtype {str(dtype).removeprefix('torch.')}"
     if x is None:

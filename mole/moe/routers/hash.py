@@ -20,6 +20,11 @@ class Hash(MoERouter):
         """Token ids [B, T] → weights and ids [B, T, k]. Raises ValueError without token ids."""
         if tokens.ids is None:
             raise ValueError("router.name=hash needs token ids: call the block with token_ids=…")
+        if tokens.ids.shape != tokens.x.shape[:2]:
+            raise ValueError(
+                f"token_ids has shape {tuple(tokens.ids.shape)}, the tokens are {tuple(tokens.x.shape[:2])}: give one "
+                "id for each"
+            )
         k = self.config.k
         start = signed(splitmix64(self.config.router.seed & _MASK))
         first = non_negative(mixed(tokens.ids.to(tokens.x.device).long() + start)) % self.num_experts
