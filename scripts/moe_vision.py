@@ -30,7 +30,7 @@ from mole.moe import (
 )
 
 PATCH, WIDTH, HIDDEN = 25, 64, 0.6  # pixels; features; share of patches that are hidden in training
-BALANCE = 30.0  # times the blocks' own coefficients: two photographs are little to keep experts apart on
+BALANCE = 5.0  # times the blocks' own coefficients: two photographs are little to keep experts apart on
 ROUTING: dict[str, Any] = {"k": 1, "noise": None, "aux_criterion": "load_balance"}
 PHOTOS = ("coffee.png", "chelsea.png")
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from surgery_cases import MLPS, TwoBranches, batch, llama
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -98,6 +99,8 @@ def test_blocks_that_differ_and_a_block_under_two_names_are_kept_apart_and_toget
     save(model.eval(), tmp_path / "moe")
     again = load(TwoBranches().eval(), tmp_path / "moe")
     assert again.left is again.right
+    with safe_open(tmp_path / "moe" / "model.safetensors", "pt") as file:
+        assert {name.partition(".")[0] for name in file.keys()} == {"left", "other"}  # noqa: SIM118  (no mapping)
     assert (len(again.left.experts), len(again.other.experts)) == (3, 2)
     assert again.other.config.null_experts == ("zero",)
     assert torch.equal(again(x), model(x))
