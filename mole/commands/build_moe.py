@@ -15,13 +15,14 @@ from mole import backbones, data, mixtures
 from mole.analysis import MissingExtra, plot_run
 from mole.backbones import Backbone
 from mole.commands.feeding import dry_run, refuse_resuming, show_first_batch, training_data
+from mole.commands.library.opening import library_of
 from mole.commands.listening import TrainingForwards, listening, texts_of
 from mole.commands.preparing import prepare
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
 from mole.data import DataSplits, Sample
 from mole.evaluation import Validation, check_reloaded, mean_loss
-from mole.experts import Expert, ExpertLibrary, licences
+from mole.experts import Expert, licences
 from mole.mixtures import MultiExpertModel
 from mole.mixtures.growing import carry, take_apart
 from mole.mixtures.preparing.prototype_data import flatness, needs_data
@@ -119,7 +120,7 @@ def run(config: BuildMoe) -> float | None:
     Returns the best validation score; None where nothing was trained.
     """
     run = RunFolder(config.run.folder)
-    experts = mixtures.experts_of(ExpertLibrary.open(config.library.url), config.experts)
+    experts = mixtures.experts_of(library_of(config.library), config.experts)
     accelerator = make_accelerator(config.training, backbones.resolve_device(config.backbone.device))
     backbone = backbones.load(config.backbone)
     model = _mixture(config, backbone, experts)

@@ -5,9 +5,10 @@ import logging
 import torch
 
 from mole import backbones, mixtures
+from mole.commands.library.opening import library_of
 from mole.config.nodes import RunConfig
 from mole.config.seeds import seed_for
-from mole.experts import Expert, ExpertLibrary, licences
+from mole.experts import Expert, licences
 from mole.experts.folder import read_card
 from mole.mixtures import MultiExpertModel
 from mole.mixtures.growing import put_together, take_apart
@@ -87,7 +88,7 @@ def _experts(config: EditMoe) -> dict[str, Expert]:
     names = (*config.add, *config.replace)
     if not names or config.library is None:
         return {}
-    return mixtures.experts_of(ExpertLibrary.open(config.library.url), names)
+    return mixtures.experts_of(library_of(config.library), names)
 
 
 def _changed(config: EditMoe, old: MultiExpertModel, new: dict[str, Expert]) -> MultiExpertModel:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mole import backbones, data, mixtures
 from mole.backbones import Backbone
+from mole.commands.library.opening import open_library
 from mole.config.nodes import RunConfig, chosen_datasets
 from mole.data import DataSplits, Sample
 from mole.evaluation import Table, exact_match, mean_loss, total
@@ -87,7 +88,7 @@ def run(config: Evaluate) -> float | None:
 
 def _library(config: Evaluate, model: MultiExpertModel) -> ExpertLibrary:
     """The library that `model` is. Raises ValueError if it is none, LibraryError if it cannot be written."""
-    library = ExpertLibrary.open(config.model)
+    library = open_library(config.model)
     if not library.exists() or not set(model.expert_names) <= set(library.names()):
         raise ValueError(
             f"publish_scores: {config.model} is no library; give one as the model, or leave the scores out"

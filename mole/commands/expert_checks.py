@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mole.adapters import Adapter, LoraWeights, peft_format
 from mole.adapters.normalised import normalised
-from mole.experts import Card, Expert, ExpertLibrary, LibraryError, load_expert
+from mole.commands.library.opening import open_library
+from mole.experts import Card, Expert, LibraryError, load_expert
 from mole.experts.folder import has_card
 from mole.experts.similarity import cosines, gram
 
@@ -56,7 +57,7 @@ def _experts(place: str) -> Iterator[tuple[str, Expert]]:
     """Name → expert: one, or all adapters of a library. Raises LibraryError where there is none."""
     folder = Path(place).expanduser()
     is_one = folder.is_dir() and (has_card(folder) or has_card(folder / "expert"))
-    library = None if is_one else ExpertLibrary.open(place)
+    library = None if is_one else open_library(place)
     if library is None or not library.exists():
         yield place, load_expert(place)
         return

@@ -12,10 +12,11 @@ from pydantic import Field
 
 from mole import backbones, data, merging, mixtures
 from mole.backbones import Backbone
+from mole.commands.library.opening import library_of
 from mole.config.nodes import RunConfig, chosen_datasets
 from mole.data import Sample
 from mole.evaluation import check_reloaded, mean_loss, total
-from mole.experts import Expert, ExpertLibrary, describe, licences
+from mole.experts import Expert, describe, licences
 from mole.experts.retrieval import by_chance
 from mole.mixtures import MultiExpertModel
 from mole.mixtures.preparing.weight_search import BlackBox, Nevergrad, Probe, best_of, search
@@ -61,7 +62,7 @@ def run(config: Lorahub) -> float:
     Returns the best objective.
     """
     run = RunFolder(config.run.folder)
-    experts = mixtures.experts_of(ExpertLibrary.open(config.library.url), config.experts)
+    experts = mixtures.experts_of(library_of(config.library), config.experts)
     backbone = backbones.load(config.backbone)
     few = _few(config, backbone)
     if config.pool is not None and config.pool < len(experts):

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mole import backbones, merging, mixtures
 from mole.backbones import Backbone
+from mole.commands.library.opening import library_of, open_library
 from mole.config.nodes import RunConfig, not_chosen
 from mole.experts import BackboneRef, Expert, ExpertLibrary, LibraryError, check_backbone, check_name, describe
 from mole.experts.card import Card
@@ -87,7 +88,7 @@ def run(config: Merge) -> float:
     Returns the relative error of the result's rank over all modules.
     """
     run = RunFolder(config.run.folder)
-    target = ExpertLibrary.open(config.target) if config.target is not None else None
+    target = open_library(config.target) if config.target is not None else None
     if target is not None:
         target.check_free(config.name)
     merged, expert = _from_library(config) if config.mixture is None else from_mixture(config, config.mixture)
@@ -105,7 +106,7 @@ def run(config: Merge) -> float:
 
 def _from_library(config: Merge) -> tuple[Merged, Expert]:
     assert config.library is not None
-    library = ExpertLibrary.open(config.library.url)
+    library = library_of(config.library)
     cards = library.cards()
     names, left_out = chosen(cards, config.experts)
     if left_out:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mole.commands.library.opening import library_of
 from mole.experts import Card, Conflict, Expert, ExpertLibrary, LibraryError, UnknownExpert, licences
 from mole.experts.address import library_path, split_expert
 from mole.run_folder import RunFolder
@@ -35,7 +36,7 @@ def goal(config: Any, run: RunFolder) -> Goal | None:
     """
     if config.library is None:
         return None
-    library = ExpertLibrary.open(config.library.url, settings=config.library)
+    library = library_of(config.library)
     name = _continued(config)
     if name is None:
         if config.publish != "always":

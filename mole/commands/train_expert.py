@@ -14,12 +14,13 @@ from mole.adapters import Adapter
 from mole.backbones import Backbone
 from mole.commands import publishing
 from mole.commands.feeding import dry_run, refuse_resuming, show_first_batch, training_data
+from mole.commands.library.opening import open_library
 from mole.commands.publishing import Goal
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
 from mole.data import DataSplits, Sample
 from mole.evaluation import HIGHER_IS_BETTER, Validation, check_reloaded, exact_match, nearest_experts
-from mole.experts import Expert, ExpertLibrary, check_backbone, check_name, describe, load_expert
+from mole.experts import Expert, check_backbone, check_name, describe, load_expert
 from mole.mixtures import experts_of
 from mole.registry import ADAPTERS, BACKBONES, DATASETS, LIBRARIES, OPTIMIZERS, SCHEDULES, TRACKERS, config_dataclass
 from mole.run_folder import RunFolder
@@ -171,7 +172,7 @@ def _candidates(config: TrainExpert, goal: Goal | None) -> dict[str, Expert]:
         return {config.name: load_expert(config.expert)}
     if config.start_library is None:
         return {}
-    return experts_of(ExpertLibrary.open(config.start_library), config.start_experts)
+    return experts_of(open_library(config.start_library), config.start_experts)
 
 
 def _start(

@@ -27,16 +27,15 @@ def open_model(place: str, backbone: Backbone, *, allow_other_backbone: bool = F
     """The model at `place` on `backbone`, in eval mode: a mixture as it was saved, an expert as a mixture of one.
 
     `place` is a run folder (with mixture/ or expert/), a mixture's or an expert's folder, a plain PEFT folder, or
-    `<library>/<name>`; a library's folder gives the uniform mixture of all its experts. Raises ValueError if there is
-    nothing of these, or it was made for another backbone.
+    `<library>/<name>`; a library, by folder or address, gives the uniform mixture of all its experts. Raises ValueError
+    if there is nothing of these, or it was made for another backbone.
     """
     folder = Path(place).expanduser()
     if (mixture := _mixture_in(folder)) is not None:
         home = mixture.parent  # of a mixture that lies in a library, which has the experts that it refers to
         find = partial(referred, ExpertLibrary.open(str(home))) if (home / ".mole").is_dir() else None
         return load_mixture(mixture, backbone, allow_other_backbone=allow_other_backbone, find=find)
-    if _is_library(folder):
-        library = ExpertLibrary.open(place)
+    if (library := _library_at(place)) is not None:
         experts = experts_of(library, [name for name, card in library.cards().items() if card.kind == "adapter"])
     else:
         expert = load_expert(place)
@@ -167,8 +166,16 @@ def pinned(experts: dict[str, Expert], library: str | None) -> dict[str, Origin]
     }
 
 
-def _is_library(folder: Path) -> bool:
-    """A folder with experts in it that is none itself."""
+def _library_at(place: str) -> ExpertLibrary | None:
+    """The library at an address; None where there is none, or an expert. Raises Unreachable."""
+    if "://" in place:
+        try:
+            library = ExpertLibrary.open(place)
+        except LibraryError:  # of an expert in it, which is no library's address
+            return None
+        return library if library.exists() else None
+    folder = Path(place).expanduser()
     if not folder.is_dir() or has_card(folder) or (folder / "adapter_config.json").is_file():
-        return False
-    return not has_card(folder / "expert") and any(has_card(entry) for entry in folder.iterdir() if entry.is_dir())
+        return None
+    is_one = not has_card(folder / "expert") and any(has_card(entry) for entry in folder.iterdir() if entry.is_dir())
+    return ExpertLibrary.open(place) if is_one else None

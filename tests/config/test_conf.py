@@ -110,6 +110,9 @@ def assert_agrees(values: dict[str, Any], config: Any, groups: set[str], where: 
             assert type(values[key]) is type(default), f"{where}.{key}: {values[key]!r}, but {default!r}"
 
 
+ADDRESSES = {"hub": "hf://user/repository", "s3": "s3://bucket/prefix", "azure": "az://account/container"}
+
+
 def filled(command: Command, node: dict[str, Any], required: list[str]) -> Any:
     """The validated configuration, with something in place of every value that must be given."""
     for _ in range(3):
@@ -123,7 +126,7 @@ def filled(command: Command, node: dict[str, Any], required: list[str]) -> Any:
             for key in (*keys, *lists):
                 *parents, last = key.split(".")
                 here = functools.reduce(lambda inner, part: inner.setdefault(part, {}), parents, node)
-                here[last] = ["x"] if key in lists else "x"
+                here[last] = ["x"] if key in lists else ADDRESSES.get(here.get("name"), "x") if last == "url" else "x"
     raise AssertionError(f"{command.name} cannot be filled: {node}")
 
 

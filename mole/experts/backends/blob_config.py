@@ -79,7 +79,6 @@ def _endpoint(endpoint: str | None) -> dict[str, Any]:
 
 
 def _check(url: str, endpoint: str | None) -> None:
-    if "://" in url:
-        blob_address(url)
+    blob_address(url)
     if endpoint is not None and (not endpoint.startswith(("http://", "https://")) or "@" in endpoint):
         raise LibraryError("endpoint: must be http://… or https://…, without user and password")
