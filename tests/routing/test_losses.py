@@ -155,7 +155,7 @@ def test_sequences_weigh_as_many_tokens_as_are_valid_and_means_over_tokens_stay(
     assert found["z_loss"].item() == pytest.approx(routing_losses(names, [made], mask)["z_loss"].item())
 
 
-@pytest.mark.parametrize("share, pushes", [(0.0, True), (0.2, False), (0.9, True)])
+@pytest.mark.parametrize(("share", "pushes"), [(0.0, True), (0.2, False), (0.9, True)])
 def test_free_bits_let_mutual_information_rest(share, pushes):
     logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]], requires_grad=True)
     found = routing_losses(["mutual_information"], [routing(logits)], None, free_bits=share)["mutual_information"]
