@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from mole.analysis.figure import FAINT, INK, LINE, colours, headline, new_figure, panel, png, shortened
+from mole.figure import FAINT, INK, LINE, colours, headline, new_figure, panel, png, shortened
 from mole.run_folder import write_atomically
 
 

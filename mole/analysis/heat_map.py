@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mole.analysis.figure import INK, headline, new_figure, panel, shortened, showable
+from mole.figure import INK, headline, new_figure, panel, shortened, showable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mole.analysis.figure import without_common_start
 from mole.analysis.heat_map import Words, heat_map
 from mole.analysis.record import CannotPlot, RunRecord
 from mole.analysis.shares import mean_by_layer, telling
+from mole.figure import without_common_start
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

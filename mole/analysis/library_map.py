@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mole.analysis.figure import FAINT, INK, LINE, colours, headline, new_figure, panel, shortened
+from mole.figure import FAINT, INK, LINE, colours, headline, new_figure, panel, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

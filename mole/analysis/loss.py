@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mole.analysis.figure import FAINT, INK, LINE, colours, headline, new_figure, panel, shortened
 from mole.analysis.record import CannotPlot, RunRecord, number
+from mole.figure import FAINT, INK, LINE, colours, headline, new_figure, panel, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

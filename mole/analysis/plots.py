@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mole.analysis.figure import png
 from mole.analysis.layers import draw_layers
 from mole.analysis.loss import draw_loss
 from mole.analysis.record import CannotPlot, RunRecord
 from mole.analysis.scores import draw_scores
 from mole.analysis.tasks import draw_tasks
 from mole.analysis.tokens import TokensView, draw_tokens
+from mole.figure import png
 from mole.registry import unknown
 from mole.run_folder import write_atomically
 

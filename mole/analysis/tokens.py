@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mole.analysis.figure import FAINT, INK, colours, headline, new_figure, panel, shortened
 from mole.analysis.record import CannotPlot, RunRecord
 from mole.analysis.shares import PHASE_WORDS, are_shares
+from mole.figure import FAINT, INK, colours, headline, new_figure, panel, shortened
 from mole.routing.log_files import LoggedRouting, LoggedRun
 
 if TYPE_CHECKING:

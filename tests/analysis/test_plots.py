@@ -13,13 +13,13 @@ pytest.importorskip("matplotlib")
 from matplotlib.text import Text
 
 from mole.analysis import CannotPlot, MissingExtra, TokensView, plot_run
-from mole.analysis.figure import colours, png, shortened, without_common_start
 from mole.analysis.layers import draw_layers
 from mole.analysis.loss import draw_loss
 from mole.analysis.record import RunRecord
 from mole.analysis.shares import are_shares, mean_by_layer, mean_by_task, telling
 from mole.analysis.tasks import draw_tasks
 from mole.analysis.tokens import draw_tokens, visible
+from mole.figure import colours, png, shortened, without_common_start
 from mole.routing.log import RoutingLog, load_routing_log
 
 EXPERTS = ("sums", "words")
