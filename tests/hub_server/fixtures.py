@@ -55,6 +55,7 @@ def hub(hub_process: HubServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub
     for name, value in hub_process.environment(ALICE).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(constants, "ENDPOINT", hub_process.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)

@@ -68,6 +68,7 @@ class HubServer:
     def environment(self, token: str | None = None) -> dict[str, str]:
         """What a client's process needs, before it imports `huggingface_hub`."""
         env = dict.fromkeys(("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK"), "1")
+        env |= dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), "0")
         env |= {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(self.root / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         if self.xet is None:
             env["HF_HUB_DISABLE_XET"] = "1"

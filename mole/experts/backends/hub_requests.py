@@ -176,7 +176,7 @@ class HubRequests:
         raise Unreachable(f"{self.what}: the Hub sends from place to place")
 
     def _once(self, method: str, url: str, take: Callable[[Any], T], **more: Any) -> Any:
-        from huggingface_hub import get_session
+        from huggingface_hub import get_session, is_offline_mode
 
         _ = self.api
         headers = {**self._headers(url), "accept-encoding": "identity", **(more.pop("headers", None) or {})}
@@ -189,7 +189,9 @@ class HubRequests:
                     return take(response)
                 problem = self.refusal(response.status_code, response.headers)
         except (transport_error(), ConnectionError) as error:
-            problem = Busy(self.unreachable(error))
+            problem = self.unreachable(error)
+            if not is_offline_mode():  # which does not pass by waiting
+                problem = Busy(problem)
         raise problem
 
     def _headers(self, url: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from hub_server.fixtures import BOB, HURRIED
 
-from mole.experts import Conflict, NoLibrary, ReadOnly, Refused, UnknownExpert, read_card
+from mole.experts import Conflict, NoLibrary, ReadOnly, Refused, UnknownExpert, Unreachable, read_card
 from mole.experts.backends import Change
 from mole.experts.backends.hub import HubBackend, HubConfig
 from mole.experts.backends.hub_reading import git_id
@@ -347,3 +347,12 @@ def test_a_constructor_makes_no_request_and_no_client(hub, repo_id):
 
 def test_the_git_id_of_bytes_is_the_one_that_git_gives(repo):
     assert repo.git("hash-object", "--stdin", stdin=b"hello").decode().strip() == git_id(b"hello")
+
+
+def test_a_client_that_was_told_to_stay_offline_says_so_at_once(hub, hub_backend, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(Unreachable, match="offline mode is enabled"):
+        hub_backend.cards()
+    assert hub.requests == []
