@@ -50,7 +50,7 @@ def test_overview_lists_every_command_once(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     for name, command in cli.COMMANDS.items():
-        assert sum(line.startswith(f"  {name} ") for line in text.splitlines()) == 1
+        assert sum(line.strip().partition("  ")[0] == name for line in text.splitlines()) == 1
         assert command.phrase in text
 
 
@@ -496,7 +496,7 @@ def test_completion_of_the_real_commands_needs_no_torch():
     code = "import sys; from mole.cli.main import main; main(['__complete']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.splitlines() == ["dataset=arithmetic", "False"]
-    assert complete("mole library a", cli.COMMANDS, []) == ["add"]
+    assert complete("mole library a", cli.COMMANDS, []) == ["add", "artefacts"]
     assert complete("mole compl", cli.COMMANDS, []) == ["completion"]
 
 
