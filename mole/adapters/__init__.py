@@ -2,10 +2,12 @@
 
 from mole.adapters.adapter import Adapter, AdapterLayer, Weights
 from mole.adapters.attach import attach, attach_weights, detach, extract, layers
-from mole.adapters.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckWeights
+from mole.adapters.bottleneck import BottleneckLayer, BottleneckWeights
+from mole.adapters.bottleneck_config import BottleneckConfig, HoulsbyConfig, ParallelConfig, PfeifferConfig
 from mole.adapters.dora import DoraConfig, DoraLayer
 from mole.adapters.ia3 import Ia3Config, Ia3Layer, Ia3Weights
 from mole.adapters.lora import LoraConfig, LoraLayer, LoraWeights
+from mole.adapters.norm import NormWeights
 from mole.adapters.pissa import PissaConfig, PissaLayer
 from mole.adapters.places import placed, symbolic
 from mole.adapters.prefix import PrefixConfig, PrefixLayer, PrefixWeights
@@ -20,12 +22,16 @@ __all__ = [
     "BottleneckWeights",
     "DoraConfig",
     "DoraLayer",
+    "HoulsbyConfig",
     "Ia3Config",
     "Ia3Layer",
     "Ia3Weights",
     "LoraConfig",
     "LoraLayer",
     "LoraWeights",
+    "NormWeights",
+    "ParallelConfig",
+    "PfeifferConfig",
     "PissaConfig",
     "PissaLayer",
     "PrefixConfig",

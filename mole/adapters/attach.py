@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mole.adapters.adapter import Adapter, AdapterLayer
+from mole.adapters.bottleneck import OutputLayer
+from mole.adapters.norm import NormLayer
 from mole.adapters.places import placed, symbolic
 from mole.backbones.modules import replace_module
 from mole.registry import ADAPTERS, unknown
 
 
 def layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """The adapter's layers on `model`, path → layer, in the order of `named_modules()`."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}
+    """The adapter's layers on `model`, path in the plain backbone → layer, in the order of `named_modules()`."""
+    found: dict[str, AdapterLayer] = {}
+    outer = ""
+    for path, module in model.named_modules():
+        if not isinstance(module, AdapterLayer):
+            continue
+        if outer and path.startswith(f"{outer}.base."):  # a norm inside an output module
+            found[f"{outer}.{path.removeprefix(f'{outer}.base.')}"] = module
+        else:
+            outer = path
+            found[path] = module
+    return found
 
 
-def attach(model: nn.Module, config: Any, *, seed: int) -> dict[str, AdapterLayer]:
-    """Wrap the modules that the method `config.name` has its places at in new layers of it; all else is frozen.
+def attach(model: nn.Module, config: Any, *, seed: int, trained: Iterable[str] = ()) -> dict[str, AdapterLayer]:
+    """Wrap the modules that the method `config.name` has its places at in new layers of it.
 
-    The first weights of a module depend on `seed` and on the module's path, on nothing else. Raises ValueError if a
-    target finds no module, or one that the method cannot adapt, or if the model has an adapter already.
+    All else is frozen but for the modules at the paths `trained`, such as a head. The first weights of a module depend
+    on `seed` and on the module's path, on nothing else. Raises ValueError if a target finds no module, or one that the
+    method cannot adapt, or if the model has an adapter already.
     """
     _refuse_second(model)
     made = {}
@@ -33,24 +47,28 @@ def attach(model: nn.Module, config: Any, *, seed: int) -> dict[str, AdapterLaye
         digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         made[path] = _named(path, make, generator)
-    return _put(model, made)
+    found = _put(model, made)
+    for path in trained:
+        model.get_submodule(path).requires_grad_(True)
+    return found
 
 
 def attach_weights(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]:
     """Put a given adapter's weights on `model` (copied, as float32); all else is frozen.
 
-    Raises ValueError if the model lacks a module of the adapter, or has it in another shape: then the adapter was made
-    for another backbone. So it does for a LoRA at other modules than linear ones, and for one with biases.
+    Whole modules that it has, such as a head, are copied into those of the model, which are trainable then. Raises
+    ValueError if the model lacks a module of the adapter, or has it in another shape: then the adapter was made for
+    another backbone. So it does for a LoRA at other modules than linear ones, and for one with biases.
     """
     _refuse_second(model)
     adapter = placed(model, adapter)
-    if adapter.biases or adapter.full_modules:
-        held = [*adapter.biases, *adapter.full_modules]
+    if adapter.biases:
         raise ValueError(
-            f"the adapter holds weights of the backbone itself ({', '.join(held[:4])}): it works in a mixture; "
-            "it cannot be trained further by itself"
+            f"the adapter holds biases of the backbone itself ({', '.join([*adapter.biases][:4])}): it works in a "
+            "mixture; it cannot be trained further by itself"
         )
     modules = dict(model.named_modules())
+    whole = {path: _fitting(path, parts, modules) for path, parts in adapter.full_modules.items()}
     for path in adapter.modules:
         if path not in modules:
             raise ValueError(f"the adapter is for another backbone: {unknown('module', path, _alike(path, modules))}")
@@ -58,13 +76,20 @@ def attach_weights(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer
         path: _named(path, weights.layer, modules[path], adapter.dropout, model)
         for path, weights in adapter.modules.items()
     }
-    return _put(model, made)
+    found = _put(model, made)
+    for path, module in whole.items():
+        module.requires_grad_(True)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(adapter.full_modules[path][name])
+    return found
 
 
-def extract(model: nn.Module) -> Adapter:
+def extract(model: nn.Module, full: Iterable[str] = ()) -> Adapter:
     """The adapter that is on `model`, its weights copied to the CPU. Raises ValueError if there is none.
 
-    Weights that have a place in any backbone are under the symbol of it.
+    Weights that have a place in any backbone are under the symbol of it. The modules at the paths `full` go with it
+    whole, as its `full_modules`.
     """
     found = layers(model)
     if not found:
@@ -73,9 +98,17 @@ def extract(model: nn.Module) -> Adapter:
     adapter = Adapter(
         method=_method(found),
         modules={path: layer.weights() for path, layer in found.items()},
-        dropout=next(iter(found.values())).dropout.p,
+        dropout=max(layer.dropout.p for layer in found.values()),
         fan_in_fan_out=transposed == {True},
     )
+    if full := tuple(full):
+        whole = {path: dict(model.get_submodule(path).named_parameters()) for path in full}
+        adapter = replace(
+            adapter,
+            task_type="SEQ_CLS",
+            full_modules={p: {n: t.detach().cpu().clone() for n, t in parts.items()} for p, parts in whole.items()},
+            full_names=tuple(dict.fromkeys(path.rpartition(".")[2] for path in full)),
+        )
     named = symbolic(adapter)
     return replace(named, targets=_short_targets(model, found) if list(named.modules) == list(found) else ())
 
@@ -83,7 +116,7 @@ def extract(model: nn.Module) -> Adapter:
 def detach(model: nn.Module) -> Adapter:
     """Take the adapter off: the wrapped modules stand in their places again, the same objects. Returns the adapter."""
     adapter = extract(model)
-    for path, layer in layers(model).items():
+    for path, layer in layers(model).items():  # what is inside another one after it
         replace_module(model, path, layer.base)
     return adapter
 
@@ -110,15 +143,29 @@ def _named(path: str, build: Any, *args: Any) -> AdapterLayer:
 
 
 def _put(model: nn.Module, made: dict[str, AdapterLayer]) -> dict[str, AdapterLayer]:
-    """Raises ValueError for a module inside another one."""
-    for path in made:
-        if outer := next((other for other in made if path.startswith(f"{other}.")), None):
+    """Raises ValueError for a module inside another one, but for the norm of an output module."""
+    for path, layer in made.items():
+        outer = next((other for other in made if path.startswith(f"{other}.")), None)
+        if outer and not (isinstance(layer, NormLayer) and isinstance(made[outer], OutputLayer)):
             raise ValueError(f"{path} is a part of {outer}, which is adapted too: choose one of them")
     model.requires_grad_(False)
-    for path, layer in made.items():
-        layer.base.requires_grad_(False)
+    for path, layer in sorted(made.items(), key=lambda row: -row[0].count(".")):  # parts before the whole
         replace_module(model, path, layer)
     return made
+
+
+def _fitting(path: str, parts: dict[str, Tensor], modules: dict[str, nn.Module]) -> nn.Module:
+    """The module that whole tensors go into. Raises ValueError if there is none of these shapes."""
+    if path not in modules:
+        raise ValueError(
+            f"the adapter has a trained {path}, which the backbone lacks: it is for a backbone with that head, as "
+            "classification data gives it"
+        )
+    here = {name: tuple(p.shape) for name, p in modules[path].named_parameters()}
+    given = {name: tuple(tensor.shape) for name, tensor in parts.items()}
+    if here != given:
+        raise ValueError(f"{path}: the adapter's head has {given}, the backbone's {here}: are the labels the same?")
+    return modules[path]
 
 
 def _alike(path: str, modules: dict[str, nn.Module]) -> list[str]:
@@ -131,6 +178,8 @@ def _alike(path: str, modules: dict[str, nn.Module]) -> list[str]:
 
 def _short_targets(model: nn.Module, found: dict[str, AdapterLayer]) -> tuple[str, ...]:
     """The shortest ends of paths that find exactly the adapted modules; else their whole paths."""
+    if any(isinstance(layer, NormLayer) for layer in found.values()):
+        return ()
     inside = tuple(f"{path}." for path in found)
     paths = [path for path, _ in model.named_modules() if path and not path.startswith(inside)]
     for parts in (1, 2, 3):

@@ -1,68 +1,60 @@
-"""Bottleneck adapters: a small two-layer network beside a sub-layer of each block.
+"""Bottleneck adapters: a small two-layer network at the end of a sub-layer of each block.
 
-    y = h + s (U σ(D z + b) + c)
+    u(z) = s (U φ(D z + b) + c)          in float32, cast to h's dtype before it is added
 
-houlsby   z = h, the output of each attention and each feed-forward (Houlsby et al., 2019, arXiv 1902.00751)
-pfeiffer  z = h, the output of each feed-forward alone (Pfeiffer et al., 2020, arXiv 2005.00247)
-parallel  z = x, the input of each feed-forward (He et al., 2021, arXiv 2110.04366)
+h is what the sub-layer computes, x the residual, LN the norm that closes a post-norm sub-layer:
+
+houlsby   LN(h + u(h) + x)          pre-norm h + u(h)       attention and feed-forward (arXiv 1902.00751)
+pfeiffer  LN(h + u(LN(h + x)) + x)  pre-norm h + u(h)       feed-forward (arXiv 2005.00247)
+parallel  LN(h + u(x) + x)          pre-norm mlp(z) + u(z)  feed-forward (arXiv 2110.04366)
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 from mole.adapters.adapter import AdapterLayer, Maker, Weights, trainable
-from mole.adapters.places import feed_forwards, outputs_of_blocks, width_of
-from mole.backbones.modules import device_of, find_modules, in_out_features, kind_of
-from mole.registry import ADAPTERS, config_dataclass
+from mole.adapters.bottleneck_config import HoulsbyConfig, ParallelConfig, PfeifferConfig
+from mole.adapters.bottleneck_sites import chosen_norms, chosen_sites, first_weights, module_of, size_at
+from mole.adapters.norm import NormLayer, NormWeights
+from mole.adapters.places import width_of
+from mole.backbones.modules import device_of, in_out_features, kind_of
+from mole.registry import ADAPTERS, unknown
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "identity": lambda x: x,
-}
+# Of a linear module, or a whole sub-layer: its output, its input. Of a post-norm output module: h, LN(h + x), x.
+READS = ("output", "input", "h", "normed", "x")
+POST_NORM = READS[2:]
 
 
-@config_dataclass
-class BottleneckConfig:
-    """What new bottlenecks look like. Targets that are auto: the sub-layers that `style` has them at."""
+def _known() -> dict[str, Callable[[Tensor], Tensor]]:
+    made = {name: ACT2FN[name] for name in ACT2FN if name != "xielu"}  # which has parameters of its own
+    return {**made, "identity": made["linear"]}
 
-    name: Literal["bottleneck"] = "bottleneck"
-    style: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
-    size: int = Field(default=16, ge=1, le=65536)
-    activation: Literal["relu", "gelu", "silu", "tanh", "identity"] = "relu"
-    scale: float = Field(default=1.0, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: tuple[str, ...] | Literal["auto"] = "auto"
 
-    def __post_init__(self) -> None:
-        if not self.targets or not all(self.targets):
-            raise ValueError("targets: name at least one module, or auto")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = _known()
 
 
 @dataclass(frozen=True)
 class BottleneckWeights(Weights):
     """The two layers at one module.
 
-    `down` D [r, d_in or d_out], `down_bias` b [r], `up` U [d_out, r], `up_bias` c [d_out]. `reads` what z is: the
-    module's output or its input. Raises ValueError for tensors that do not fit each other.
+    `down` D [r, d_in or d_out], `down_bias` b [r], `up` U [d_out, r], `up_bias` c [d_out]; `gain` [1] a learned factor
+    of `scale`. `reads` what z is, one of READS. Raises ValueError for tensors that do not fit each other.
     """
 
     down: Tensor
     down_bias: Tensor
     up: Tensor
     up_bias: Tensor
+    gain: Tensor | None = None
     activation: str = "relu"
     scale: float = 1.0
     reads: str = "output"
@@ -71,24 +63,29 @@ class BottleneckWeights(Weights):
     def __post_init__(self) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors().items()}
         size, made = self.up.shape[-1] if self.up.dim() == 2 else 0, self.up.shape[0] if self.up.dim() else 0
-        good = self.down.dim() == 2 and self.down.shape[0] == size > 0
+        good = self.down.dim() == 2 and self.down.shape[0] == size > 0 and shapes.get("gain", (1,)) == (1,)
         if not good or shapes["down_bias"] != (size,) or shapes["up_bias"] != (made,):
             raise ValueError(
                 f"bottleneck tensors of shapes {shapes}; wanted down [r, d], up [d_out, r] and their biases"
             )
-        if self.activation not in ACTIVATIONS or self.reads not in ("input", "output"):
-            known = f"known: {', '.join(ACTIVATIONS)}; input, output"
-            raise ValueError(f"activation {self.activation!r}, reads {self.reads!r} ({known})")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(unknown("activation", self.activation, ACTIVATIONS))
+        if self.reads not in READS:
+            raise ValueError(unknown("reads", self.reads, READS))
 
     @property
     def rank(self) -> int:  # type: ignore[override]
         return self.down.shape[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"down": self.down, "down_bias": self.down_bias, "up": self.up, "up_bias": self.up_bias}
+        found = {"down": self.down, "down_bias": self.down_bias, "up": self.up, "up_bias": self.up_bias}
+        return found if self.gain is None else {**found, "gain": self.gain}
 
     def misfit(self, module: nn.Module, model: nn.Module) -> str | None:
         d_in, d_out = widths(module, model)
+        if is_output(module) != (self.reads in POST_NORM):
+            what = "the output module of a post-norm block" if self.reads in POST_NORM else "a module without a norm"
+            return f"made for {what}, which a {type(module).__name__} is not"
         made_for = (self.down.shape[1], self.up.shape[0])
         here = (d_in if self.reads == "input" else d_out, d_out)
         if made_for != here:
@@ -96,7 +93,12 @@ class BottleneckWeights(Weights):
         return None
 
     def _layer(self, base: nn.Module, dropout: float, model: nn.Module) -> BottleneckLayer:
-        return BottleneckLayer(base, self, dropout)
+        return (OutputLayer if is_output(base) else BottleneckLayer)(base, self, dropout)
+
+
+def is_output(module: nn.Module) -> bool:
+    """Whether it is the output module of a post-norm block: LN(dropout(dense(·)) + x)."""
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in ("dense", "dropout", "LayerNorm"))
 
 
 def widths(module: nn.Module, model: Any) -> tuple[int, int]:
@@ -106,6 +108,16 @@ def widths(module: nn.Module, model: Any) -> tuple[int, int]:
     if kind_of(module) is not None or next(module.children(), None) is None:
         raise ValueError(f"a {type(module).__name__} is neither a linear module nor a sub-layer of a block")
     return width_of(model), width_of(model)
+
+
+def added(weights: Any, z: Tensor, dropout: nn.Dropout | None = None) -> Tensor:
+    """u(z): `z` [..., d] → [..., d_out] in its dtype. `weights` has the fields of `BottleneckWeights`."""
+    seen = z.to(torch.promote_types(weights.down.dtype, torch.float32))
+    seen = seen if dropout is None else dropout(seen)
+    dtype = seen.dtype
+    hidden = ACTIVATIONS[weights.activation](F.linear(seen, weights.down.to(dtype), weights.down_bias.to(dtype)))
+    out = weights.scale * F.linear(hidden, weights.up.to(dtype), weights.up_bias.to(dtype))
+    return (out if weights.gain is None else out * weights.gain.to(dtype)).to(z.dtype)
 
 
 class BottleneckLayer(AdapterLayer):
@@ -118,53 +130,82 @@ class BottleneckLayer(AdapterLayer):
         device = device_of(base)
         self.down, self.down_bias = trainable(weights.down, device), trainable(weights.down_bias, device)
         self.up, self.up_bias = trainable(weights.up, device), trainable(weights.up_bias, device)
+        self.gain = None if weights.gain is None else trainable(weights.gain, device)
         self.activation, self.scale, self.reads = weights.activation, weights.scale, weights.reads
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`x` [..., d_in] → [..., d_out] in the dtype of the base module's output."""
         out = self.base(x, *args, **kwargs)
-        seen = self.dropout((x if self.reads == "input" else out).to(self.down.dtype))
-        hidden = ACTIVATIONS[self.activation](F.linear(seen, self.down, self.down_bias))
-        return (out + self.scale * F.linear(hidden, self.up, self.up_bias)).to(out.dtype)
+        return out + added(self, x if self.reads == "input" else out, self.dropout).to(out.dtype)
 
     def weights(self) -> BottleneckWeights:
-        parts = (self.down, self.down_bias, self.up, self.up_bias)
-        tensors = [part.detach().cpu().clone() for part in parts]
-        return BottleneckWeights(*tensors, activation=self.activation, scale=self.scale, reads=self.reads)
+        values = {one.name: getattr(self, one.name) for one in fields(BottleneckWeights)}
+        copied = {n: v.detach().cpu().clone() if isinstance(v, Tensor) else v for n, v in values.items()}
+        return BottleneckWeights(**copied)
 
     def extra_repr(self) -> str:
         return f"size={len(self.down)}, activation={self.activation}, scale={self.scale}, reads={self.reads}"
 
 
-@ADAPTERS.register("bottleneck", BottleneckConfig)
-def new_bottleneck(config: BottleneckConfig, model: nn.Module) -> dict[str, Maker]:
-    """Bottlenecks that do not change their modules' outputs yet: D random, U and the biases zero."""
-    reads = "input" if config.style == "parallel" else "output"
+class OutputLayer(BottleneckLayer):
+    """The output module of a post-norm block with a bottleneck before its norm."""
 
-    def make(base: nn.Module, generator: torch.Generator) -> BottleneckLayer:
-        d_in, d_out = widths(base, model)
-        read = d_in if reads == "input" else d_out
-        bound = 1.0 / math.sqrt(read)
-        down = torch.empty(config.size, read).uniform_(-bound, bound, generator=generator)
-        weights = BottleneckWeights(
-            down=down,
-            down_bias=torch.zeros(config.size),
-            up=torch.zeros(d_out, config.size),
-            up_bias=torch.zeros(d_out),
-            activation=config.activation,
-            scale=config.scale,
-            reads=reads,
-        )
-        return BottleneckLayer(base, weights, config.dropout)
-
-    return {path: partial(make, module) for path, module in _sites(config, model).items()}
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:  # type: ignore[override]
+        """`hidden_states` [..., d_in] of the sub-layer, `input_tensor` x [..., d] → [..., d]."""
+        h = self.base.dropout(self.base.dense(hidden_states))  # type: ignore[operator]
+        norm: Any = self.base.LayerNorm
+        total = h + input_tensor
+        return norm(total + added(self, seen_at(self.reads, h, input_tensor, total, norm), self.dropout))
 
 
-def _sites(config: BottleneckConfig, model: nn.Module) -> dict[str, nn.Module]:
-    if config.targets != "auto":
-        return find_modules(model, config.targets)
-    if config.style == "parallel":
-        return feed_forwards(model)
-    attention, feed_forward = outputs_of_blocks(model)
-    wanted = attention | feed_forward if config.style == "houlsby" else feed_forward
-    return {path: module for path, module in model.named_modules() if path in wanted}
+def seen_at(reads: str, h: Tensor, x: Tensor, total: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """z of a bottleneck at a post-norm site: h, x, or the norm of their sum `total`."""
+    return {"h": h, "x": x}[reads] if reads != "normed" else norm(total)
+
+
+@ADAPTERS.register("houlsby", HoulsbyConfig)
+@ADAPTERS.register("pfeiffer", PfeifferConfig)
+@ADAPTERS.register("parallel", ParallelConfig)
+def new_bottleneck(config: Any, model: nn.Module) -> dict[str, Maker]:
+    """Bottlenecks at the sites of the placement, and the norms that are trained with them."""
+    sites = chosen_sites(config, model)
+    modules = dict(model.named_modules())
+    made: dict[str, Maker] = {}
+    for path, module in modules.items():
+        for site in sites:
+            if path == module_of(site, config.placement):
+                make = partial(_new, module, model, config, size_at(site, config, width_of(model)), site.kind)
+                made[path] = make
+    for path in chosen_norms(config, model, sites):
+        made[path] = partial(_new_norm, modules[path])
+    return made
+
+
+_READS = {
+    ("houlsby", "output"): "h",
+    ("pfeiffer", "output"): "normed",
+    ("parallel", "output"): "x",
+    ("houlsby", "linear"): "output",
+    ("pfeiffer", "linear"): "output",
+    ("parallel", "linear"): "input",
+}
+
+
+def _new(
+    base: nn.Module, model: nn.Module, config: Any, size: int, kind: str, generator: torch.Generator
+) -> BottleneckLayer:
+    d_in, d_out = widths(base, model)
+    reads = _READS[config.placement, kind]
+    learned = config.scale == "learned"
+    weights = BottleneckWeights(
+        *first_weights(config, size, d_in if reads == "input" else d_out, d_out, generator),
+        gain=torch.ones(1) if learned else None,
+        activation=config.activation,
+        scale=1.0 if learned else float(config.scale),
+        reads=reads,
+    )
+    return (OutputLayer if kind == "output" else BottleneckLayer)(base, weights, config.dropout)
+
+
+def _new_norm(base: nn.Module, generator: torch.Generator) -> NormLayer:
+    return NormLayer(base, NormWeights.of(base))

@@ -1,7 +1,8 @@
 """mole's own folder format, for methods that PEFT has not: `mole_adapter.json` and `adapter_model.safetensors`.
 
 The tensors are named `<path of the module>.<short name>`, those of whole modules of the backbone that were trained
-along `<path>.full.<name>`; the rest of what is to be known of a module is in the JSON.
+along `<path>.full.<name>`; the rest of what is to be known of a module is in the JSON. Norms that were trained along
+are modules of the kind norm; a module without a kind is of the adapter's method.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from mole.adapters.adapter import Adapter
 from mole.adapters.bottleneck import BottleneckWeights
+from mole.adapters.norm import NormWeights
 from mole.adapters.peft_patterns import is_plain
 from mole.untrusted import Damaged, Refused, safetensors_tensors, shown, strict_json
 
@@ -24,6 +26,7 @@ WEIGHTS = "adapter_model.safetensors"
 FORMAT = 1
 MAX_CONFIG_BYTES = 4 << 20
 _WEIGHTS = {"bottleneck": BottleneckWeights}
+_KINDS = {**_WEIGHTS, "norm": NormWeights}
 _KEYS = {"backbone", "dropout", "format", "method", "modules", "targets", "task_type"}
 _FULL = re.compile(r"((?:[A-Za-z0-9_]+\.)*[A-Za-z0-9_]+)\.full\.([A-Za-z0-9_.]+)", re.ASCII)
 
@@ -34,14 +37,12 @@ def dump(adapter: Adapter, backbone_name: str | None) -> dict[str, bytes]:
         raise ValueError(f"an adapter of method {adapter.method!r} has no place for biases of the backbone")
     if adapter.method not in _WEIGHTS:
         raise ValueError(f"there is no format for an adapter of method {adapter.method!r}")
-    kind = _WEIGHTS[adapter.method]
-    told = [field.name for field in fields(kind) if field.type != "Tensor"]
     node = {
         "backbone": backbone_name,
         "dropout": adapter.dropout,
         "format": FORMAT,
         "method": adapter.method,
-        "modules": {path: {name: getattr(part, name) for name in told} for path, part in adapter.modules.items()},
+        "modules": {path: _told(part) for path, part in adapter.modules.items()},
         "targets": list(adapter.targets),
         "task_type": adapter.task_type,
     }
@@ -50,6 +51,12 @@ def dump(adapter: Adapter, backbone_name: str | None) -> dict[str, bytes]:
     text = json.dumps(node, indent=1, allow_nan=False) + "\n"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors().items()}
     return {CONFIG: text.encode(), WEIGHTS: save(tensors, metadata={"format": "pt"})}
+
+
+def _told(part: Any) -> dict[str, Any]:
+    """What is to be known of a module beside its tensors."""
+    facts = {one.name: getattr(part, one.name) for one in fields(part) if not str(one.type).startswith("Tensor")}
+    return {"kind": "norm", **facts} if isinstance(part, NormWeights) else facts
 
 
 def parse(config: bytes, weights: bytes, where: str) -> tuple[Adapter, str | None]:
@@ -109,17 +116,20 @@ def _full_modules(node: dict[str, Any], tensors: dict[str, Tensor], what: str) -
 
 
 def _modules(node: dict[str, Any], tensors: dict[str, Tensor], what: str) -> dict[str, Any]:
-    kind = _WEIGHTS[node["method"]]
-    names = [field.name for field in fields(kind) if field.type == "Tensor"]
-    told = {field.name for field in fields(kind)} - set(names)
     rest, found = dict(tensors), {}
     for path, facts in node["modules"].items():
-        if not is_plain(path) or not isinstance(facts, dict) or set(facts) != told:
-            raise Damaged(f"{what}: modules: {shown(path)} needs {', '.join(sorted(told))}")
+        name = facts.get("kind", node["method"]) if isinstance(facts, dict) else None
+        if not is_plain(path) or name not in (node["method"], "norm"):
+            raise Damaged(f"{what}: modules: {shown(path)} is {shown(facts)}")
+        kind = _KINDS[name]
+        names = {one.name: "None" in str(one.type) for one in fields(kind) if str(one.type).startswith("Tensor")}
+        told = {one.name for one in fields(kind)} - set(names)
+        if set(facts) - {"kind"} != told:
+            raise Damaged(f"{what}: modules: {shown(path)} needs {', '.join(sorted(told)) or 'nothing but its kind'}")
         parts = {name: rest.pop(f"{path}.{name}", None) for name in names}
-        if missing := [name for name, tensor in parts.items() if tensor is None]:
+        if missing := [name for name, tensor in parts.items() if tensor is None and not names[name]]:
             raise Damaged(f"{what}: {path} has no tensor {missing[0]}")
-        found[path] = _made(kind, parts, facts, f"{what}: {path}")
+        found[path] = _made(kind, parts, {n: v for n, v in facts.items() if n != "kind"}, f"{what}: {path}")
     if rest:
         raise Refused(f"{what}: tensor {shown(min(rest))} belongs to no module")
     return found
@@ -131,7 +141,9 @@ def _made(kind: Any, parts: dict[str, Any], facts: dict[str, Any], where: str) -
         raise Damaged(f"{where}: scale is {shown(scale)}")
     if any(not isinstance(value, str) for name, value in facts.items() if name != "scale"):
         raise Damaged(f"{where}: {shown(facts)}")
+    if "scale" in facts:
+        facts = {**facts, "scale": float(scale)}
     try:
-        return kind(**parts, **{**facts, "scale": float(scale)})
+        return kind(**parts, **facts)
     except ValueError as error:
         raise Damaged(f"{where}: {error}") from None
