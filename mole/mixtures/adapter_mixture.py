@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mole.mixtures.banks.branches import Branches
 from mole.mixtures.fitting import Fit, fitted
 from mole.mixtures.keeping import kept
 from mole.routers import Router
@@ -31,6 +32,7 @@ class MixtureLayer(nn.Module):
         self.fit = fit
         self.router: Router | None = None
         self.group: str | None = None  # whose modules spend one routing, made by the first of them
+        self.flex: nn.Module | None = None  # what is trained after the mix, see flex.py
         self.context = context
 
     def __getattr__(self, name: str) -> Any:
@@ -62,7 +64,14 @@ class MixtureLayer(nn.Module):
             # What such a router does to the experts' share is its own; the module's output takes no part in it.
             share = parts["bank"].delta(base_out, rows, fitting)  # type: ignore[union-attr]
             return base_out + self.router.value(share)  # type: ignore[operator]
-        return parts["bank"](base_out, rows, fitting)  # type: ignore[misc]
+        out = parts["bank"](base_out, rows, fitting)  # type: ignore[misc]
+        if fitting.base is not None and not isinstance(self.bank, Branches):
+            out = out + self._surplus(fitting).to(out.dtype) * base_out
+        return out if self.flex is None else self.flex(out, None, frame)
+
+    def _surplus(self, routing: Routing) -> Tensor:
+        """What experts and backbone together have above 1: every expert brings the backbone along."""
+        return routing.dense(self.fit.num_experts).sum(-1, keepdim=True) + routing.base - 1.0
 
     def _routing(self, x: Tensor, base_out: Tensor, frame: Frame) -> Routing | None:
         """None where the module is called on its own, outside a forward of the model."""

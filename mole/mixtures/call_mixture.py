@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from mole.mixtures.adapter_mixture import MixtureLayer
-from mole.mixtures.banks import CallBank
+from mole.mixtures.banks import CallBank, OutputBank
 from mole.mixtures.fitting import Fit
+from mole.mixtures.output_mixture import OutputMixture
 from mole.routing import RoutingContext
 
 
@@ -38,6 +39,8 @@ class CallMixture(MixtureLayer):
 
 def mixture_at(base: nn.Module, bank: nn.Module, fit: Fit, context: RoutingContext) -> MixtureLayer:
     """The mixture layer on `base` for that bank."""
+    if isinstance(bank, OutputBank):
+        return OutputMixture(base, bank, fit, context)
     return (CallMixture if isinstance(bank, CallBank) else MixtureLayer)(base, bank, fit, context)
 
 

@@ -130,10 +130,15 @@ def _pooled(routing: Routing, fit: Fit, frame: Frame) -> Routing:
         last = (places * mask.ne(0)).argmax(dim=1)
         return _changed(routing, lambda tensor: _at(tensor, last.to(tensor.device)))
     weights = routing.weights if routing.expert_ids is None else routing.dense(fit.num_experts)
+    base = None if routing.base is None else routing.base.expand(*weights.shape[:2], 1)
     if mask is None:
-        return Routing(weights.mean(dim=1, keepdim=True))
+        return Routing(weights.mean(dim=1, keepdim=True), base=None if base is None else base.mean(1, keepdim=True))
     counted = mask.ne(0).to(weights.device, weights.dtype)[..., None]
-    return Routing((weights * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp_min(1))
+
+    def mean(tensor: Tensor) -> Tensor:
+        return (tensor * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp_min(1)
+
+    return Routing(mean(weights), base=None if base is None else mean(base))
 
 
 def _at(tensor: Tensor, places: Tensor) -> Tensor:
@@ -150,8 +155,10 @@ def _kept(routing: Routing, keep: Any) -> Routing:
 
 
 def _changed(routing: Routing, change: Callable[[Tensor], Tensor]) -> Routing:
-    """The weights and ids with `change` done to them; what else a routing has is for others than mixtures."""
-    ids = routing.expert_ids
+    """What mixtures read of a routing, with `change` done to it; what else it has is for others."""
+    ids, base = routing.expert_ids, routing.base
     if ids is not None:
         ids = change(ids.expand_as(routing.weights))
-    return Routing(change(routing.weights), ids)
+    if base is not None:
+        base = change(base.expand(*routing.weights.shape[:2], 1))
+    return Routing(change(routing.weights), ids, base=base)

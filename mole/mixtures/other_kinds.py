@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mole.adapters import BottleneckWeights, Ia3Weights, PrefixWeights, PromptWeights
+from mole.adapters import BottleneckWeights, Ia3Weights, NormWeights, PrefixWeights, PromptWeights
 from mole.adapters.prefix_attention import facts_of
-from mole.mixtures.banks import BottleneckBank, Ia3Bank, PrefixBank, PromptBank
+from mole.mixtures.banks import BottleneckBank, Ia3Bank, NormBank, PrefixBank, PromptBank
 
 
 def other_banks(
@@ -36,7 +36,11 @@ def other_banks(
             banks.append(Ia3Bank(factors, num_experts, base=module, dtype=dtype))
         small = {i: w for i, w in experts.items() if isinstance(w, BottleneckWeights) and w.reads == reads}
         if small:
-            banks.append(BottleneckBank(small, num_experts, dtype=dtype, **dropout))
+            banks.append(BottleneckBank(small, num_experts, dtype=torch.promote_types(dtype, torch.float32), **dropout))
+    norms = {i: w for i, w in experts.items() if isinstance(w, NormWeights)}
+    if norms:
+        dtype = torch.promote_types(dtype, torch.float32)
+        banks.append(NormBank(norms, num_experts, base=module, dtype=dtype))
     prefixes = {i: w for i, w in experts.items() if isinstance(w, PrefixWeights)}
     if prefixes:
         banks.append(PrefixBank(prefixes, num_experts, facts=facts_of(module, backbone), dtype=dtype))

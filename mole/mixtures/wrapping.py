@@ -11,10 +11,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mole.adapters import Adapter, LoraWeights, PromptWeights, symbolic
+from mole.adapters import Adapter, LoraWeights, NormWeights, PromptWeights, symbolic
+from mole.adapters.bottleneck import is_output
 from mole.backbones.modules import compute_dtype_of, device_of, kind_of, replace_module
 from mole.mixtures.adapter_mixture import MixtureLayer
-from mole.mixtures.banks import BankOfBanks, ConvolutionBank, DoraBank, EmbeddingBank, LoraBank, ModuleBank, OffsetBank
+from mole.mixtures.banks import (
+    BankOfBanks,
+    ConvolutionBank,
+    DoraBank,
+    EmbeddingBank,
+    LoraBank,
+    ModuleBank,
+    OffsetBank,
+    OutputBank,
+)
+from mole.mixtures.banks.branches import Branches, Member
 from mole.mixtures.banks.lora import EXPERT_DROPOUT, EXPERT_DTYPES
 from mole.mixtures.call_mixture import mixture_at
 from mole.mixtures.checking import check
@@ -101,6 +112,9 @@ def expert_now(outline: Adapter, index: int, layers: Mapping[str, MixtureLayer])
         if (module := layer.bank.full_module(index)) is not None:
             full[site] = module
     modules = {site: part for site, part in weights.items() if part is not None}
+    for site, layer in layers.items():
+        if isinstance(layer.bank, OutputBank) and (norm := layer.bank.norm_of(index)) is not None:
+            modules[f"{site}.LayerNorm"] = norm
     return symbolic(replace(outline, modules=modules, biases=biases, full_modules=full))
 
 
@@ -124,9 +138,16 @@ class _Sites:
         self.biases = [_changed_biases(adapter, modules) for adapter in experts]
         mixes = options.modules_to_save == "mix"
         self.full = [adapter.full_modules if mixes else {} for adapter in experts]
-        wanted = {path for adapter in experts for path in adapter.modules}
+        wanted = {self._site(path, part) for adapter in experts for path, part in adapter.modules.items()}
         wanted |= {path for parts in [*self.biases, *self.full] for path in parts}
         self.paths = [path for path in modules if path in wanted]
+
+    def _site(self, path: str, weights: Any) -> str:
+        """Where a part of an expert is mixed: the norm of an output module with it."""
+        outer = path.rpartition(".")[0]
+        if isinstance(weights, NormWeights) and path.endswith(".LayerNorm") and is_output(self.modules[outer]):
+            return outer
+        return path
 
     def fit(self, path: str) -> Fit:
         """How the rows of the module at `path` find their gates."""
@@ -154,12 +175,23 @@ class _Sites:
             if kind_of(module) == "convolution" or any(path in parts for parts in self.biases):
                 raise ValueError(f"modules_to_save=mix: {path}: convolutions, and modules with biases, cannot be mixed")
             return _at(path, lambda: ModuleBank(full, count, base=module)).to(device_of(module))
-        banks = self._banks(path, module)
+        banks = [self._branches(path)] if is_output(module) else self._banks(path, module)
         for bank in banks:
-            if not isinstance(bank, LoraBank):  # which sees to it itself
+            if not isinstance(bank, LoraBank | Branches):  # which see to it themselves
                 bank.own_dtype = EXPERT_DTYPES[self.options.expert_dtype]
         bank = banks[0] if len(banks) == 1 else BankOfBanks(banks)
         return bank.to(device_of(module))
+
+    def _branches(self, path: str) -> OutputBank:
+        """The experts' branches at an output module. Raises ValueError for other kinds of experts there."""
+        dtype = torch.promote_types(compute_dtype_of(self.modules[path]), torch.float32)
+        drops = self.options.expert_dropout != "off"
+        members = {}
+        for index, adapter in enumerate(self.experts):
+            small, norm = adapter.modules.get(path), adapter.modules.get(f"{path}.LayerNorm")
+            if small is not None or norm is not None:
+                members[index] = Member(small, norm, dtype, adapter.dropout if drops else 0.0)
+        return OutputBank(members, len(self.experts))
 
     def _banks(self, path: str, module: nn.Module) -> list:
         options, count, kind = self.options, len(self.experts), kind_of(module)

@@ -24,6 +24,7 @@ class Routing:
                  before top-k and before the global weight).
     `chances`    [1|B, 1|T, E] each expert's probability of being chosen under another draw of the noise, with graph.
     `angles`     [1|B, 1|T, E] cosines of the tokens with the experts' prototypes, without graph, for statistics.
+    `base`       [1|B, 1|T, 1] the weight of the plain backbone beside the experts; None: what their weights leave of 1.
     `spread`     [1|B, 1|T, E] what `dense()` gives, where somebody made it already for many routings at once.
     """
 
@@ -34,6 +35,7 @@ class Routing:
     chances: Tensor | None = None
     angles: Tensor | None = None
     spread: Tensor | None = None
+    base: Tensor | None = None
 
     def __post_init__(self):
         rank = self.weights.dim()
@@ -97,6 +99,7 @@ class Routing:
             logits=repeat(self.logits),
             predicted=repeat(self.predicted),
             spread=repeat(self.spread),
+            base=repeat(self.base),
         )
 
     def detach(self) -> Routing:
@@ -108,4 +111,5 @@ class Routing:
             predicted=None if self.predicted is None else self.predicted.detach(),
             chances=None if self.chances is None else self.chances.detach(),
             spread=None if self.spread is None else self.spread.detach(),
+            base=None if self.base is None else self.base.detach(),
         )

@@ -391,4 +391,4 @@ def test_engines_can_be_used_inside_each_other():
         with engine.engine("config-ls") as inner:
             assert inner.compose().format == "table"
             assert "group" in inner.compose()
-        assert "run" in outer.compose()
+        assert "places" in outer.compose()

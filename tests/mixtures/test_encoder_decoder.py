@@ -164,7 +164,7 @@ def test_unlike_widths_are_refused(pair):
 def test_gradients_with_checkpointing_equal_those_without(pair):
     found = []
     for checkpointing in (False, True):
-        model = copy.deepcopy(pair.model).train()
+        model = copy.deepcopy(pair.model).train().double()  # T5 itself rounds otherwise when it is recomputed
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -176,5 +176,4 @@ def test_gradients_with_checkpointing_equal_those_without(pair):
         model(**pair.inputs).logits.square().mean().backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
-    # T5 itself gives logits that differ by rounding between the two.
-    assert all((grad - found[1][n]).abs().max() <= 3e-4 * grad.abs().max() for n, grad in found[0].items())
+    assert all((grad - found[1][n]).abs().max() <= 1e-5 * grad.abs().max() for n, grad in found[0].items())

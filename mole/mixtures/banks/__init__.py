@@ -5,6 +5,7 @@ bank(base_out, x, routing) -> base_out + Σ_e w_e δ_e(x); `weights(expert)` giv
 
 from mole.mixtures.banks.bank import Bank, BankOfBanks
 from mole.mixtures.banks.bottleneck import BottleneckBank
+from mole.mixtures.banks.branches import NormBank, OutputBank
 from mole.mixtures.banks.calls import CallBank
 from mole.mixtures.banks.convolution import ConvolutionBank
 from mole.mixtures.banks.dora import DoraBank
@@ -27,7 +28,9 @@ __all__ = [
     "Ia3Bank",
     "LoraBank",
     "ModuleBank",
+    "NormBank",
     "OffsetBank",
+    "OutputBank",
     "PrefixBank",
     "PromptBank",
 ]

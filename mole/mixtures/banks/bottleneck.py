@@ -1,12 +1,14 @@
 """Bottleneck experts at one module: δ_e(z) = s_e (U_e σ_e(D_e z + b_e) + c_e), z the module's output or its input.
 
-Stacked, a = σ(D z + b) of all experts in one product, gated column by column, and y = (a ∘ G) U + G c. Combined by
+Stacked, a = σ(D z + b) of all experts in one product, gated column by column, and y = (a ∘ G) U + G c. Under weights that
+are the same for every token, one expert after another: then each gives bit for bit what it gives alone. Combined by
 parameters, all four tensors are averaged before the non-linearity: that is one bottleneck per token or example.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mole.adapters import BottleneckWeights
-from mole.adapters.bottleneck import ACTIVATIONS
+from mole.adapters.bottleneck import ACTIVATIONS, added
 from mole.kernels import columns_of
 from mole.mixtures.banks.bank import Bank
 from mole.routing import Routing
@@ -56,6 +58,9 @@ class BottleneckBank(Bank):
         self.down_bias = held([m.down_bias for m in members], 0)  # [R]
         self.up = held([m.up for m in members], 1)  # [d_out, R]
         self.up_bias = held([m.up_bias[None] for m in members], 0)  # [n, d_out]
+        self.learned = tuple(m.gain is not None for m in members)
+        gains = [torch.ones(1) if m.gain is None else m.gain for m in members]
+        self.gain = held(gains, 0) if any(self.learned) else None  # [n]
 
     def check_parameters(self) -> None:
         """Raises ValueError unless all are of one size and activation."""
@@ -75,8 +80,10 @@ class BottleneckBank(Bank):
         if weights.dim() == 4:
             raise ValueError("weights for blocks of features, and a bottleneck's features have no blocks: num_splits=1")
         seen = base_out.reshape(*x.shape[:-1], -1) if self.reads_output else x
+        if routing.is_static and self.combine == "outputs" and not self._drops():
+            return self._one_by_one(base_out, seen, weights)
         seen = seen.to(self.down.dtype)
-        scaled = weights * weights.new_tensor(self.scales)
+        scaled = weights * self._scales(weights)
         if self.combine == "parameters":
             hidden = self._averaged(seen, weights, scaled)
         else:
@@ -84,9 +91,27 @@ class BottleneckBank(Bank):
         share = F.linear(hidden.to(seen.dtype), self.up) + scaled.to(seen.dtype) @ self.up_bias
         return share.to(base_out.dtype).reshape(base_out.shape)
 
+    def _drops(self) -> bool:
+        """Whether dropout acts now."""
+        return self.training and self.down.requires_grad and any(self.dropout)
+
+    def _scales(self, like: Tensor) -> Tensor:
+        """s of every expert, [n]; of those that did not learn it their constant."""
+        scales = like.new_tensor(self.scales)
+        if self.gain is None:
+            return scales
+        return scales * torch.where(like.new_tensor(self.learned) > 0, self.gain.to(like.dtype), 1.0)
+
+    def _one_by_one(self, base_out: Tensor, seen: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(base_out)
+        for place, expert in enumerate(self.present):
+            update = added(self._member(expert), seen).to(base_out.dtype).reshape(base_out.shape)
+            out = out + weights[..., place, None].to(base_out.dtype) * update
+        return out
+
     def _hidden(self, seen: Tensor) -> Tensor:
         """σ(D z + b), [B, T, R]: in one product for neighbours of one activation and rate of dropout."""
-        rates = self.dropout if self.training and self.down.requires_grad else (0.0,) * len(self.dropout)
+        rates = self.dropout if self._drops() else (0.0,) * len(self.dropout)
         masks = list(enumerate(rates)) if self.expert_dropout == "independent" else [(0, rate) for rate in rates]
         masks = [mask if mask[1] else (0, 0.0) for mask in masks]
         inputs = {mask: F.dropout(seen, mask[1]) if mask[1] else seen for mask in dict.fromkeys(masks)}
@@ -110,14 +135,20 @@ class BottleneckBank(Bank):
         """The tensors of the expert with that mixture index, as views of the bank; None if it has none here."""
         if expert not in self.present:
             return None
+        found = self._member(expert)
+        tensors = {name: value.detach() for name, value in vars(found).items() if isinstance(value, Tensor)}
+        return replace(found, **tensors)
+
+    def _member(self, expert: int) -> BottleneckWeights:
         place = self.present.index(expert)
         start = sum(self.sizes[:place])
         part = slice(start, start + self.sizes[place])
         return BottleneckWeights(
-            down=self.down.detach()[part],
-            down_bias=self.down_bias.detach()[part],
-            up=self.up.detach()[:, part],
-            up_bias=self.up_bias.detach()[place],
+            down=self.down[part],
+            down_bias=self.down_bias[part],
+            up=self.up[:, part],
+            up_bias=self.up_bias[place],
+            gain=self.gain[place, None] if self.gain is not None and self.learned[place] else None,
             activation=self.activations[place],
             scale=self.scales[place],
             reads=self.reads,
