@@ -3,7 +3,8 @@
     mixture.json             format, router config, names, tasks and origin of the experts, paths of the mixed modules,
                              how the mixture computes where that is not the default
     router.safetensors       parameters of routers that learn: `<name>` of scope model, `<site>.<name>` of scope layer;
-                             of whole modules trained with them: `modules_to_save.<path>.<name>`
+                             of whole modules trained with them: `modules_to_save.<path>.<name>`; of flex adapters:
+                             `flex.<site>.<name>`; of a backbone that was trained along: `backbone.<name>`
     expert-000.json          PEFT's adapter config of the first expert
     expert-000.safetensors   its weights, in the dtype that the mixture computes with
     expert.json, README.md   the card (kind mixture), with the digests of the others; and the same for people
@@ -246,7 +247,10 @@ def _trained_state(model: MultiExpertModel) -> dict[str, torch.Tensor]:
     }
     for path, module in model.trained_modules().items():
         state |= {f"modules_to_save.{path}.{name}": parameter for name, parameter in module.named_parameters()}
-    return state
+    for site, layer in model.layers.items():
+        if layer.flex is not None:
+            state |= {f"flex.{site}.{name}": parameter for name, parameter in layer.flex.named_parameters()}
+    return state | {f"backbone.{name}": parameter for name, parameter in model.backbone_parameters().items()}
 
 
 def _load_router(model: MultiExpertModel, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The flex adapter of a multi-adapter: a new bottleneck after the mix of experts, trained with the weights.
 
-    y' = LN_flex(y + u(y) + x)          at a post-norm sub-layer
-    y' = y + u(y)                       elsewhere, and with norm=False
+y' = LN_flex(y + u(y) + x)          at a post-norm sub-layer
+y' = y + u(y)                       elsewhere, and with norm=False
 """
 
 from __future__ import annotations

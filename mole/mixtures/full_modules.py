@@ -5,13 +5,15 @@ base           the backbone's own module
 take:<expert>  that expert's module
 mean           the average of the experts' modules
 mix            M_0(x) + Σ w_e (M_e(x) − M_0(x)), exact, E modules large
-train          one new copy of the backbone's module, trained with the router
+train          one new copy of the backbone's module, trained with the router; train:<expert> starts as that expert's
+
+`train` is about the heads of the backbone, where it has any that data asked for, whether experts trained one or not.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from mole.mixtures.banks.modules import filled
 from mole.registry import unknown
 from mole.routing import RoutingContext
 
-POLICIES = ("error", "base", "take:<expert>", "mean", "mix", "train")
+POLICIES = ("error", "base", "take:<expert>", "mean", "mix", "train", "train:<expert>")
 
 
 class StandIn(nn.Module):
@@ -49,7 +51,11 @@ class StandIn(nn.Module):
 def check_policy(policy: str, experts: Mapping[str, Adapter]) -> None:
     """Raises ValueError for an unknown policy, and for `error` where an expert has whole modules."""
     name, _, expert = policy.partition(":")
-    if (name == "take") != bool(expert) or name not in ("error", "base", "take", "mean", "mix", "train"):
+    if (
+        (name == "take" and not expert)
+        or (expert and name not in ("take", "train"))
+        or name not in ("error", "base", "take", "mean", "mix", "train")
+    ):
         raise ValueError(unknown("modules_to_save", policy, list(POLICIES)))
     if expert and expert not in experts:
         raise ValueError(f"modules_to_save={policy}: {unknown('expert', expert, list(experts))}")
@@ -64,23 +70,37 @@ def check_policy(policy: str, experts: Mapping[str, Adapter]) -> None:
 
 
 def stand_ins(
-    modules: Mapping[str, nn.Module], experts: Mapping[str, Adapter], policy: str, context: RoutingContext
+    modules: Mapping[str, nn.Module],
+    experts: Mapping[str, Adapter],
+    policy: str,
+    context: RoutingContext,
+    heads: Sequence[str] = (),
 ) -> dict[str, StandIn]:
     """Path → what stands there under take, mean and train; nothing under the other policies.
 
-    `modules` are those of the backbone, by path. Raises ValueError for modules that do not fit the backbone's, or not
-    each other.
+    `modules` are those of the backbone, by path; `heads` the paths of its heads. Raises ValueError for modules that do
+    not fit the backbone's, or not each other, and for heads that are not there.
     """
     kind, _, taken = policy.partition(":")
     if kind not in ("take", "mean", "train"):
         return {}
     sources = [experts[taken]] if taken else list(experts.values())
+    paths = list(dict.fromkeys(path for adapter in sources for path in adapter.full_modules))
+    if kind == "train" and heads:
+        paths = list(heads)
     made = {}
-    for path in dict.fromkeys(path for adapter in sources for path in adapter.full_modules):
+    for path in paths:
         tensors = [adapter.full_modules[path] for adapter in sources if path in adapter.full_modules]
+        if path not in modules:
+            raise ValueError(
+                f"modules_to_save={policy}: the backbone has no {path}: has it the head that the data asks for?"
+            )
         base = modules[path]
         try:
-            module = copy.deepcopy(base) if kind == "train" else filled(base, _mean(tensors))
+            if kind == "train" and not (taken and tensors):
+                module = copy.deepcopy(base)
+            else:
+                module = filled(base, _mean(tensors))
         except ValueError as error:
             raise ValueError(f"modules_to_save={policy}: {path}: {error}") from error
         made[path] = StandIn(base, module.requires_grad_(False), context)

@@ -6,7 +6,7 @@ A router that asks for the backbone's hidden states (X-LoRA) gets a routing pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from inspect import signature
@@ -26,7 +26,7 @@ from mole.mixtures.two_pass.encoder_decoder import RoutedEncoder, check_widths, 
 from mole.mixtures.two_pass.hidden_store import HiddenStore
 from mole.mixtures.two_pass.routing_pass import Streams, can_cache, pass_inputs
 from mole.mixtures.two_pass.speculation import SpeculationReport
-from mole.mixtures.wrapping import MixtureOptions, expert_now, wrap
+from mole.mixtures.wrapping import MixtureOptions, expert_now, without_norms, wrap
 from mole.registry import unknown
 from mole.routers import MixtureShape, Router
 from mole.routing import Frame, Routing, RoutingContext, RoutingInputs
@@ -59,10 +59,12 @@ class MultiExpertModel(nn.Module, Generation):
         pooled_gate: str = "auto",
         gate_lora_bias: bool = True,
         scaling_pass_dropout: bool = False,
+        heads: Sequence[str] = (),
     ):
         super().__init__()
         if not experts:
             raise ValueError("a mixture needs at least one expert, got none")
+        experts = without_norms(experts, router_config)
         self.backbone: Any = backbone
         self.context = RoutingContext()
         self.listeners: list[Listener] = []
@@ -81,6 +83,7 @@ class MultiExpertModel(nn.Module, Generation):
             pooled_gate=pooled_gate,
             gate_lora_bias=gate_lora_bias or not biased,
             scaling_pass_dropout=scaling_pass_dropout,
+            heads=tuple(heads),
         )
         check_widths(backbone)
         wrapped = wrap(backbone, experts, self.context, self.options)
@@ -147,26 +150,46 @@ class MultiExpertModel(nn.Module, Generation):
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Path → the new copy of a whole module that is trained with the router (modules_to_save=train)."""
-        trains = self.options.modules_to_save == "train"
+        trains = self.options.modules_to_save.partition(":")[0] == "train"
         return {path: standing.module for path, standing in self.stand_ins.items()} if trains else {}
 
     def set_trainable(self, train: str) -> None:
         """router, experts, both or none: exactly these parameters get a gradient; the backbone never does."""
         if train not in TRAINS:
             raise ValueError(unknown("train", train, TRAINS))
-        self.backbone.requires_grad_(False)
-        self.trains_experts = train in ("experts", "both")
+        mode, learns = getattr(self.router_config, "mode", None), train in ("router", "both")
+        self.trains_backbone = learns and mode in ("base_ft", "full_ft")
+        self.backbone.requires_grad_(self.trains_backbone)
+        self.trains_experts = train in ("experts", "both") or (learns and mode == "full_ft")
+        for standing in self.stand_ins.values():  # what they stand for is not used
+            standing.base.requires_grad_(False)
         for layer in self.layers.values():
             layer.bank.requires_grad_(self.trains_experts)
+            if layer.flex is not None:
+                layer.flex.requires_grad_(learns)
         for module in self.trained_modules().values():
             module.requires_grad_(train != "none")
         for router in self.routers().values():
-            router.requires_grad_(train in ("router", "both"))
+            router.requires_grad_(learns)
+
+    def backbone_parameters(self) -> dict[str, nn.Parameter]:
+        """The backbone's own parameters by name, as far as they are trained: with router.mode base_ft and full_ft."""
+        if getattr(self.router_config, "mode", None) not in ("base_ft", "full_ft"):
+            return {}
+        added = [*self.routers().values(), *self.trained_modules().values()]
+        added += [part for layer in self.layers.values() for part in (layer.bank, layer.flex) if part is not None]
+        added += [standing.base for standing in self.stand_ins.values()]
+        others = {id(p) for module in added for p in module.parameters()}
+        return {name: p for name, p in self.backbone.named_parameters() if id(p) not in others}
 
     def parameter_settings(self) -> dict[str, dict[str, float]]:
-        """Name of a parameter → its own `lr` and `weight_decay`, where the router's config sets them."""
+        """Name of a parameter → its own `lr` and `weight_decay`, where the router's config sets them, and `clip` 0
+        where it takes no part in the clipping of gradients.
+        """
         wanted = {name: getattr(self.router_config, name, None) for name in ("lr", "weight_decay")}
         own = {name: value for name, value in wanted.items() if value is not None}
+        if any(not router.clipped for router in self.routers().values()):
+            own["clip"] = 0.0
         routed = {id(parameter) for router in self.routers().values() for parameter in router.parameters()}
         return {name: own for name, p in self.named_parameters() if own and id(p) in routed}
 
@@ -297,6 +320,18 @@ class MultiExpertModel(nn.Module, Generation):
             row = [float(weights.get(name, 0.0)) for name in self.expert_names]
             weights = Routing(torch.tensor(row, device=self.device).view(1, 1, -1))
         with self.context.push(replace(self.context.current or Frame(), fixed=weights)):
+            yield
+
+    @contextmanager
+    def fixed_weights(self, **weights: float) -> Iterator[None]:
+        """Every layer mixes these branches inside the body: names of experts and `base`, those not named with 0."""
+        for name in weights:
+            if name not in (*self.expert_names, "base"):
+                raise ValueError(unknown("branch", name, [*self.expert_names, "base"]))
+        row = [float(weights.get(name, 0.0)) for name in self.expert_names]
+        made = torch.tensor(row, device=self.device).view(1, 1, -1)
+        base = torch.tensor(float(weights.get("base", 0.0)), device=self.device).view(1, 1, 1)
+        with self.fixed_routing(Routing(made, base=base)):
             yield
 
     @contextmanager

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from mole.backbones.modules import in_out_features, reads_left_to_right
+from mole.backbones.modules import device_of, in_out_features, reads_left_to_right
 from mole.mixtures.call_mixture import check_calls
+from mole.mixtures.flex import Flex
 from mole.mixtures.groups import groups_of
+from mole.mixtures.output_mixture import OutputMixture
 from mole.mixtures.subtraction import subtract
 from mole.mixtures.two_pass.encoder_decoder import is_one
 from mole.registry import ROUTERS
@@ -34,9 +36,27 @@ def build_router(model: Any) -> None:
             layer.bank.spend(combine=combine, missing=missing)
         except ValueError as error:
             raise ValueError(f"{site}: {error}") from error
+    if getattr(config, "has_flex", False):
+        add_flex(model)
     for router in model.routers().values():
         if "experts" in router.needs:
             router.take_experts([_weights_at(model, site) for site in router.sites])
+
+
+def add_flex(model: Any) -> None:
+    """A flex adapter after the mix at every sub-layer. Raises ValueError for mixtures at other modules."""
+    config = model.router_config
+    for site, layer in model.layers.items():
+        if isinstance(layer, OutputMixture):
+            norm = layer.base.LayerNorm if config.flex_norm else None
+        elif getattr(layer.bank, "kind", "") == "norm":
+            continue
+        elif layer.fit.takes == "features":
+            norm = None
+        else:
+            raise ValueError(f"router.mode=flex: {site} gives no hidden states: use router.mode=base")
+        device = device_of(layer.base)
+        layer.flex = Flex(_widths(layer)[1], config.flex_size, norm).to(device)
 
 
 def _build_for_layers(model: Any, build: Any, group: str, sites: tuple[str, ...]) -> None:

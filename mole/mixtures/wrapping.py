@@ -44,7 +44,8 @@ class MixtureOptions:
     `expert_dropout`, `expert_dtype` see LoraBank; `modules_to_save` see full_modules; `pooled_gate` the gates of a
     module that sees one vector per example: first, last (token) or mean, auto by the backbone; `gate_lora_bias` false
     adds the biases of lora_bias experts whatever the gates, in the routing pass too, as PEFT's X-LoRA does (but without
-    its global weight); `scaling_pass_dropout` leaves the backbone's dropout on in the routing pass.
+    its global weight); `scaling_pass_dropout` leaves the backbone's dropout on in the routing pass; `heads` are the
+    paths of the backbone's heads, which modules_to_save=train is about.
     """
 
     kernel: str = "auto"
@@ -54,6 +55,7 @@ class MixtureOptions:
     pooled_gate: str = "auto"
     gate_lora_bias: bool = True
     scaling_pass_dropout: bool = False
+    heads: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         known = {"expert_dropout": EXPERT_DROPOUT, "expert_dtype": tuple(EXPERT_DTYPES), "pooled_gate": POOLED_GATES}
@@ -93,11 +95,31 @@ def wrap(
     check(backbone, experts, modules)
     sites = _Sites(backbone, list(experts.values()), modules, options)
     layers = {path: mixture_at(modules[path], sites.bank(path), sites.fit(path), context) for path in sites.paths}
-    standing = stand_ins(modules, experts, options.modules_to_save, context)
+    standing = stand_ins(modules, experts, options.modules_to_save, context, options.heads)
     for path, layer in reversed({**layers, **standing}.items()):  # parts of a module before the module
         replace_module(backbone, path, layer)
     outlines = {name: replace(adapter, modules={}) for name, adapter in experts.items()}
     return Wrapped(layers, standing, outlines)
+
+
+def without_norms(experts: Mapping[str, Adapter], router_config: Any) -> Mapping[str, Adapter]:
+    """The experts as a router takes them that mixes before the backbone's norm: without norms of their own.
+
+    Raises ValueError where some have norms, unless the config says norms=base. Other routers take them as they are.
+    """
+    if not hasattr(router_config, "norms"):
+        return experts
+    found = {}
+    for name, adapter in experts.items():
+        kept = {path: part for path, part in adapter.modules.items() if not isinstance(part, NormWeights)}
+        if len(kept) < len(adapter.modules) and router_config.norms == "refuse":
+            raise ValueError(
+                f"expert {name!r} trained norms along, and router={router_config.name} mixes before the backbone's: "
+                "router.norms=base leaves them out, at the cost of what they do; or train experts with "
+                "adapter.train_norms=none"
+            )
+        found[name] = replace(adapter, modules=kept)
+    return found
 
 
 def expert_now(outline: Adapter, index: int, layers: Mapping[str, MixtureLayer]) -> Adapter:

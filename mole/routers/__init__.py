@@ -1,11 +1,12 @@
 """Routers: inputs → routing. One file each; importing the package fills the registry."""
 
 from mole.routers.arrow import ArrowConfig, ArrowRouter
-from mole.routers.attention import AttentionConfig, AttentionRouter
+from mole.routers.attention import AdapterFusionConfig, AttentionConfig, AttentionRouter
 from mole.routers.average_activation import AverageActivationConfig, AverageActivationRouter
 from mole.routers.base import Combining, Learning, MixtureShape, Placing, Router
 from mole.routers.gate import GateConfig, GateRouter
 from mole.routers.hash import HashConfig, HashRouter
+from mole.routers.multi_adapter import MultiAdapterConfig, MultiAdapterRouter
 from mole.routers.phatgoose import PhatgooseConfig, PhatgooseRouter
 from mole.routers.poly import PolyConfig, PolyRouter
 from mole.routers.predictor import PredictorConfig, PredictorRouter
@@ -22,6 +23,7 @@ from mole.routers.uniform import UniformConfig, UniformRouter
 from mole.routers.xlora import XLoraConfig, XLoraRouter
 
 __all__ = [
+    "AdapterFusionConfig",
     "ArrowConfig",
     "ArrowRouter",
     "AttentionConfig",
@@ -35,6 +37,8 @@ __all__ = [
     "HashRouter",
     "Learning",
     "MixtureShape",
+    "MultiAdapterConfig",
+    "MultiAdapterRouter",
     "PhatgooseConfig",
     "PhatgooseRouter",
     "Placing",

@@ -40,6 +40,18 @@ class AttentionConfig(Combining, Learning):
             raise ValueError("router=attention weighs what experts give: set router.combine=outputs")
 
 
+@config_dataclass
+class AdapterFusionConfig(AttentionConfig):
+    """AdapterFusion over bottlenecks: attention at every site. `norms` of experts that trained some: refuse, or base.
+
+    The mix goes through the backbone's norm: an expert's own norm would count for nothing.
+    """
+
+    name: Literal["adapter_fusion"] = "adapter_fusion"  # type: ignore[assignment]
+    norms: Literal["refuse", "base"] = "refuse"
+
+
+@ROUTERS.register("adapter_fusion", AdapterFusionConfig)
 @ROUTERS.register("attention", AttentionConfig)
 class AttentionRouter(Router):
     """Attention of every token over the experts at its module; one instance per module.

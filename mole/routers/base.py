@@ -99,6 +99,7 @@ class Router(nn.Module):
             `experts`: their weights, once after building; `prototypes`: made from data before the mixture is used;
             `outputs`: the experts' share in a direction, see `MixtureLayer`; `embeddings`: those of the input ids.
     `keeps` its values per example are made while the prompt is read, and stay while `generate` goes on.
+    `clipped` whether its gradients count in the norm that is clipped, and are scaled with it.
     `expert_axes` name in the state → its axis over the experts.
     `open_shapes` names in the state whose shape data decided: a saved one is taken as it is, and checked afterwards.
 
@@ -110,6 +111,7 @@ class Router(nn.Module):
     learned: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     keeps: ClassVar[bool] = False
+    clipped: ClassVar[bool] = True
     expert_axes: ClassVar[Mapping[str, int]] = {}
     open_shapes: ClassVar[frozenset[str]] = frozenset()
     # Blocks of the features that have weights of their own; the widths of all modules must be multiples.

@@ -39,22 +39,31 @@ class StaticConfig(Combining, Learning):
     weight_decay: Annotated[float, Field(ge=0)] | None = 0.0
 
     def __post_init__(self):
+        if problems := self.problems():
+            raise ValueError("; ".join(problems))
+
+    def problems(self) -> list[str]:
+        """What is wrong with these fields together."""
+        found = self.shared_problems()
+        if self.include_base and self.normalise != "softmax":
+            found.append(
+                f"router.include_base=true cannot act with router.normalise={self.normalise}: the backbone takes "
+                "weight from the experts in a softmax only"
+            )
+        return found
+
+    def shared_problems(self) -> list[str]:
+        """What is wrong in every kind of static router."""
         problems = []
         if self.init_expert is not None and self.normalise != "softmax":
             problems.append("router.init_expert needs router.normalise=softmax")
         if self.init is not None and self.normalise != "none":
             problems.append("router.init is the first weight with router.normalise=none: others start at equal weights")
-        if self.include_base and self.normalise != "softmax":
-            problems.append(
-                f"router.include_base=true cannot act with router.normalise={self.normalise}: the backbone takes "
-                "weight from the experts in a softmax only"
-            )
         if self.temperature != 1 and self.normalise == "none":
             problems.append("router.temperature cannot act with router.normalise=none: set it to 1.0")
         if self.init_expert is not None and self.init_expert in self.exclude:
             problems.append(f"router.init_expert={self.init_expert} is in router.exclude")
-        if problems:
-            raise ValueError("; ".join(problems))
+        return problems
 
     @property
     def has_base(self) -> bool:
@@ -106,7 +115,7 @@ class StaticRouter(Router):
         kept = torch.tensor([name not in config.exclude for name in shape.expert_names])
         if not kept.any():
             raise ValueError("router.exclude names every expert: leave at least one")
-        self.groups = groups_of(self.sites, config.num_groups, config.site)
+        self.groups = self._groups()
         start = 0.0 if config.normalise != "none" else 1.0 / int(kept.sum()) if config.init is None else config.init
         self.theta = nn.Parameter(torch.full((len(self.groups), shape.num_experts), start))
         if config.init_expert is not None:
@@ -114,6 +123,13 @@ class StaticRouter(Router):
         if config.has_base:
             self.base = nn.Parameter(torch.zeros(len(self.groups), 1))
         self.register_buffer("kept", kept, persistent=False)
+
+    def _groups(self) -> dict[str, tuple[int, ...]]:
+        """Set of weights → indices of its sites."""
+        return self._groups_of(self.sites)
+
+    def _groups_of(self, sites: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        return groups_of(sites, self.config.num_groups, self.config.site)
 
     def weights(self, *, dropping: bool = False) -> Tensor:
         """w of every group, [G, E]; what a softmax leaves to the backbone is missing from the sum."""

@@ -20,7 +20,10 @@ from mole.training.settings import TrainingSettings
 
 @dataclass
 class Learner:
-    """A model under training. `parameters`: the trainable ones by name; `buffers`: what lies beside them."""
+    """A model under training. `parameters`: the trainable ones by name; `buffers`: what lies beside them.
+
+    `clipped`: those whose gradients count in the norm that is clipped.
+    """
 
     model: nn.Module
     objective: Objective
@@ -29,6 +32,7 @@ class Learner:
     optimizer: AcceleratedOptimizer
     schedule: LambdaLR
     accelerator: Accelerator
+    clipped: list[nn.Parameter]
 
     @property
     def learning_rate(self) -> float:
@@ -154,6 +158,7 @@ def build_learner(model: nn.Module, config: TrainingSettings, accelerator: Accel
         optimizer=prepared,
         schedule=schedule,
         accelerator=accelerator,
+        clipped=[p for name, p in parameters.items() if own.get(name, {}).get("clip", 1.0)],
     )
     if accelerator.num_processes > 1:
         for tensor in learner.weights().values():

@@ -20,7 +20,7 @@ class TrainingFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Census:
-    """What all processes bring to a step: supervised tokens, all real tokens, and the signal that asks to stop."""
+    """What all processes bring to a step: supervised tokens or texts, all real tokens, the signal that asks to stop."""
 
     supervised: int
     valid: int
@@ -29,9 +29,10 @@ class Census:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did. `loss`: per supervised token; `auxiliary`: per token, by name; `skipped`: fp16 overflowed.
+    """What a step did. `loss`: per supervised token or text; `auxiliary`: per token, by name.
 
-    `auxiliary` has the sum that was trained on as auxiliary_loss, and its parts as loss/<name>.
+    `skipped`: fp16 overflowed. `auxiliary` has the sum that was trained on as auxiliary_loss, and its parts as
+    loss/<name>.
     """
 
     loss: float
@@ -58,11 +59,11 @@ def take_census(learner: Learner, batches: Batches, signal_number: int) -> Censu
 def take_step(learner: Learner, batches: Batches, census: Census, clip_norm: float | None, first: bool) -> StepReport:
     """Forward, backward, clip, update. Raises TrainingFailed where the loss is not finite or nothing gets a gradient.
 
-    loss = Σ token losses / Σ supervised tokens, both sums over micro-batches and processes; a model's auxiliary loss
-    is averaged over tokens likewise.
+    loss = Σ token losses / Σ supervised tokens, both sums over micro-batches and processes; where a head says something
+    of whole texts, they count in the place of tokens. A model's auxiliary loss is averaged over tokens likewise.
     """
     if not census.supervised:
-        raise TrainingFailed("no token of this step is supervised: all its labels are -100")
+        raise TrainingFailed("nothing in this step is supervised: all its labels are -100")
     accelerator, optimizer = learner.accelerator, learner.optimizer
     optimizer.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
@@ -76,7 +77,7 @@ def take_step(learner: Learner, batches: Batches, census: Census, clip_norm: flo
     _require_finite("loss", mean)
     learner.sum_gradients()
     rate = learner.learning_rate
-    norm = accelerator.clip_grad_norm_(learner.parameters.values(), math.inf if clip_norm is None else clip_norm)
+    norm = accelerator.clip_grad_norm_(learner.clipped, math.inf if clip_norm is None else clip_norm)
     if accelerator.scaler is None:  # fp16: its scaler skips a step that overflowed, and lowers the scale
         _require_finite("gradient's norm", float(norm))  # type: ignore[arg-type]
         if first:
