@@ -13,7 +13,19 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from mole.backbones.heads import (
+    HeadKind,
+    Pooling,
+    check_padding,
+    class_for,
+    head_modules,
+    options_for,
+    pooler_of,
+    seeded,
+    with_head,
+)
 from mole.backbones.quantised import loading_options, whole_shape
+from mole.head import Head
 from mole.registry import BACKBONES, config_dataclass
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -34,7 +46,7 @@ class Placement(Protocol):
 
 @config_dataclass
 class PretrainedConfig:
-    """Any causal language model in transformers' format."""
+    """Any language model in transformers' format; `head` and `pooling` see mole/backbones/heads.py."""
 
     name: Literal["pretrained"] = "pretrained"
     path: str
@@ -43,6 +55,8 @@ class PretrainedConfig:
     device: str = "auto"
     attention: Attention = "auto"
     bits: Literal[4, 8] | None = None
+    head: HeadKind = "native"
+    pooling: Pooling = "auto"
 
 
 @dataclass(frozen=True)
@@ -50,8 +64,9 @@ class Backbone:
     """A frozen model in eval mode with its tokenizer.
 
     `name` is the label that cards carry: a Hub id, or a folder's name. `revision` is the Hub commit, if there is one.
-    `shapes` is the sha256 over the sorted `name shape` lines of the parameters: it tells backbones apart without
-    their weights.
+    `shapes` is the sha256 over the sorted `name shape` lines of the parameters, heads left out: it tells backbones
+    apart without their weights. `head` what the data asked for, `head_modules` the paths of what was put on the model
+    for it, `pooler` that of a pooler which the head reads.
     """
 
     model: PreTrainedModel
@@ -59,28 +74,47 @@ class Backbone:
     name: str
     revision: str | None
     shapes: str
+    head: Head | None = None
+    head_modules: tuple[str, ...] = ()
+    pooler: str | None = None
+
+    def trained_along(self, *, pooler: bool = True) -> tuple[str, ...]:
+        """Paths of the modules that are trained with an adapter or a router: the head, and the pooler if wanted."""
+        return (*([self.pooler] if pooler and self.pooler else []), *self.head_modules)
 
     @property
     def context_length(self) -> int | None:
         """Tokens that the model can take, if its config says so."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        length = getattr(self.model.config, "max_position_embeddings", None)
+        embedding = getattr(getattr(self.model.base_model, "embeddings", None), "position_embeddings", None)
+        padding = getattr(embedding, "padding_idx", None)  # RoBERTa's positions start behind that of padding
+        return length if length is None or padding is None else length - padding - 1
 
 
-def load(config: Any) -> Backbone:
-    """The backbone that `config.name` names.
+def load(config: Any, *, head: Head | None = None, seed: int = 0) -> Backbone:
+    """The backbone that `config.name` names, under a head for whole texts if the data asks for one.
 
-    Raises ValueError for a device that is not there, a path that is neither a folder with a model nor a Hub id, a
-    damaged file, missing weights, or a tokenizer without an end-of-sequence token to pad with.
+    `seed` makes the first weights of the head. Raises ValueError for a device that is not there, a path that is neither
+    a folder with a model nor a Hub id, a damaged file, missing weights, or a tokenizer without an end-of-sequence token
+    to pad with.
     """
-    return BACKBONES.build(config)
+    return BACKBONES.build(config, head=head, seed=seed)
 
 
 @BACKBONES.register("pretrained", PretrainedConfig)
-def _load_from_config(config: PretrainedConfig) -> Backbone:
-    return load_pretrained(config.path, config, revision=config.revision)
+def _load_from_config(config: PretrainedConfig, *, head: Head | None = None, seed: int = 0) -> Backbone:
+    return load_pretrained(config.path, config, revision=config.revision, head=head, seed=seed)
 
 
-def load_pretrained(path: str, config: Placement, *, revision: str | None = None, label: str | None = None) -> Backbone:
+def load_pretrained(
+    path: str,
+    config: Placement,
+    *,
+    revision: str | None = None,
+    label: str | None = None,
+    head: Head | None = None,
+    seed: int = 0,
+) -> Backbone:
     """The model at `path`, a folder or a Hub id, on `config.device` in `config.dtype`, called `label` on cards."""
     device = resolve_device(config.device)
     folder = _local_folder(path)
@@ -89,12 +123,29 @@ def load_pretrained(path: str, config: Placement, *, revision: str | None = None
     source = path if folder is None else str(folder)
     bits = getattr(config, "bits", None)
     packing = {} if bits is None else loading_options(bits, config.dtype, device)
-    model = _read_model(source, config, revision, packing).requires_grad_(False).eval()
+    tokenizer = _read_tokenizer(source, revision)
+    with seeded(seed):
+        model = _read_model(source, config, revision, packing, head)
+    if head is not None:
+        check_padding(tokenizer, model, getattr(config, "head", "native"), source)
+    _set_padding(tokenizer, source)
+    model = model.requires_grad_(False).eval()
     if not packing:  # packed weights are where they belong
         torch.nn.Module.to(model, device)
     name = label or (path if folder is None else folder.resolve().name)
     commit = getattr(model.config, "_commit_hash", None) if folder is None else None
-    return Backbone(model, _read_tokenizer(source, revision), name, commit, shapes_digest(model))
+    return as_backbone(model, tokenizer, name, revision=commit, head=head)
+
+
+def as_backbone(
+    model: PreTrainedModel, tokenizer: Any, name: str, *, revision: str | None = None, head: Head | None = None
+) -> Backbone:
+    """A frozen model and its tokenizer as a backbone."""
+    added, pooler = (), None
+    if head is not None:
+        added, pooler = head_modules(model), pooler_of(model)
+    left_out = tuple(f"{path}." for path in (*added, f"{model.base_model_prefix}.pooler")) if added else ()
+    return Backbone(model, tokenizer, name, revision, shapes_digest(model, left_out), head, added, pooler)
 
 
 def _local_folder(path: str) -> Path | None:
@@ -116,13 +167,18 @@ def _local_folder(path: str) -> Path | None:
     return folder
 
 
-def _read_model(source: str, config: Placement, revision: str | None, packing: dict[str, Any]) -> PreTrainedModel:
+def _read_model(
+    source: str, config: Any, revision: str | None, packing: dict[str, Any], head: Head | None
+) -> PreTrainedModel:
     options = {"dtype": config.dtype if config.dtype == "auto" else getattr(torch, config.dtype), **packing}
+    auto: Any = AutoModelForCausalLM
+    if head is not None:
+        auto, options = class_for(config.head), {**options, **options_for(config.head, head)}
     if config.attention != "auto":
         options["attn_implementation"] = config.attention
     try:
         with _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 source, revision=revision, use_safetensors=True, output_loading_info=True, **options
             )
     except SafetensorError as error:
@@ -130,13 +186,17 @@ def _read_model(source: str, config: Placement, revision: str | None, packing: d
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"backbone {source}: cannot be loaded: {_first_lines(error)}") from error
     model, seen = loaded
-    missing = sorted(seen["missing_keys"])
+    made: tuple[str, ...] = ()
+    if head is not None:
+        pooler = f"{model.base_model_prefix}.pooler"
+        made = ("pooler",) if config.head == "linear" else (*head_modules(model), pooler)
+    missing = sorted(key for key in seen["missing_keys"] if not key.startswith(tuple(f"{path}." for path in made)))
     if missing:
         raise ValueError(
             f"backbone {source}: the files lack {len(missing)} weights of a {type(model).__name__}, "
             f"first {missing[0]}: is it a causal language model, and complete?"
         )
-    return model
+    return model if head is None else with_head(model, config.head, config.pooling, head)
 
 
 def _read_tokenizer(source: str, revision: str | None) -> Any:
@@ -144,11 +204,15 @@ def _read_tokenizer(source: str, revision: str | None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ValueError(f"backbone {source}: its tokenizer cannot be loaded: {_first_lines(error)}") from error
+    return tokenizer
+
+
+def _set_padding(tokenizer: Any, source: str) -> None:
+    """The end-of-sequence token pads where nothing else does."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"backbone {source}: its tokenizer has neither a padding nor an end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def _first_lines(error: Exception) -> str:
@@ -170,9 +234,13 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def shapes_digest(model: torch.nn.Module) -> str:
-    """sha256 (hex) over the sorted lines `name d1xd2…` of the model's parameters, as they are when not packed."""
-    lines = sorted(f"{name} {'x'.join(map(str, whole_shape(p)))}\n" for name, p in model.named_parameters())
+def shapes_digest(model: torch.nn.Module, left_out: tuple[str, ...] = ()) -> str:
+    """sha256 (hex) over the sorted lines `name d1xd2…` of the model's parameters, as they are when not packed.
+
+    Names that start as one of `left_out` are not among them.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if not left_out or not name.startswith(left_out)]
+    lines = sorted(f"{name} {'x'.join(map(str, whole_shape(p)))}\n" for name, p in named)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
