@@ -35,7 +35,7 @@ def test_the_map_names_every_file_and_no_other():
 
 
 def test_every_command_is_named_and_every_named_command_is_one():
-    family = "(?:library |config |plot (?=experts-load|image-))?"
+    family = "(?:library |config |plot (?=experts-load|weights|image-))?"
     named = set(re.findall(rf"(?:^    |`)mole ({family}[a-z][a-z-]+)", text(), re.MULTILINE))
     assert set(COMMANDS) <= {" ".join(n.split()) for n in named}
     families = {name.split()[0] for name in COMMANDS if " " in name}

@@ -12,11 +12,12 @@ from mole.analysis.record import CannotPlot, RunRecord
 from mole.analysis.scores import draw_scores
 from mole.analysis.tasks import draw_tasks
 from mole.analysis.tokens import TokensView, draw_tokens
+from mole.analysis.weights_figures import draw_logged
 from mole.figure import png
 from mole.registry import unknown
 from mole.run_folder import write_atomically
 
-PLOT_NAMES = ("loss", "layers", "tasks", "tokens", "scores")
+PLOT_NAMES = ("loss", "layers", "tasks", "tokens", "scores", "weights")
 
 
 def plot_run(
@@ -43,6 +44,7 @@ def plot_run(
         "tasks": draw_tasks,
         "tokens": lambda record: draw_tokens(record, tokens or TokensView()),
         "scores": draw_scores,
+        "weights": draw_logged,
     }
     pictures: dict[str, bytes] = {}
     impossible: dict[str, str] = {}

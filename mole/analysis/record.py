@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mole.routing.log_files import INDEX, LoggedRun, load_routing_log
+from mole.routing.weights_log import WEIGHTS, LoggedWeights, read_weights
 from mole.run_folder import RunFolder
 
 
@@ -35,6 +36,14 @@ class RunRecord:
         if not (self.folder.scalings / INDEX).is_file():
             raise CannotPlot(f"{self.folder.path} has no routing log (scalings/{INDEX})")
         return load_routing_log(self.folder.scalings)
+
+    @cached_property
+    def weights(self) -> LoggedWeights:
+        """The log of learned weights, so far. Raises CannotPlot if there is none, ValueError if it is damaged."""
+        path = self.folder.scalings / WEIGHTS
+        if not path.is_file():
+            raise CannotPlot(f"{self.folder.path} has no log of learned weights (scalings/{WEIGHTS})")
+        return read_weights(path)
 
     @cached_property
     def scores(self) -> tuple[str, dict[str, dict[str, float]]]:

@@ -102,6 +102,14 @@ _TABLE = (
         module="mole.commands.plot_experts_load",
     ),
     Command(
+        "plot weights",
+        "the weight of each expert over a run's training, also while it goes on",
+        "look",
+        ("run",),
+        ("mole plot weights outputs/build-moe/<run> layers=all",),
+        module="mole.commands.plot_weights",
+    ),
+    Command(
         "plot image-routing",
         "an image on its way through a vision model's mixtures of experts",
         "look",

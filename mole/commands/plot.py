@@ -13,7 +13,7 @@ class Plot:
     """Which run, which plots, and which text the plot `tokens` shows."""
 
     run: str
-    plots: tuple[Literal["loss", "layers", "tasks", "tokens", "scores"], ...] | None = None
+    plots: tuple[Literal["loss", "layers", "tasks", "tokens", "scores", "weights"], ...] | None = None
     to: str | None = None
     entry: int | None = None
     row: int = Field(default=0, ge=0)

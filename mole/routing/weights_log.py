@@ -95,7 +95,7 @@ class WeightsLog:
             "sites": [*sites],
             "set_of_site": {site: set_of[index] for index, site in enumerate(sites)},
         }
-        self._length: int | None = None  # bytes of whole lines; None: not started
+        self._started, self._length = False, 0  # bytes of whole lines
         self._seen = self._written = -1  # the newest steps
         self._newest: dict[str, Any] = {}
         self._waiting = b""
@@ -119,7 +119,7 @@ class WeightsLog:
             rows = [row for row in _logged(self.path, lines).rows if row.step <= step] if lines else ()
         text = "".join(_line(record) for record in (self.header, *(_record(row) for row in rows)))
         write_atomically(self.path, text)
-        self._length = len(text.encode())
+        self._started, self._length = True, len(text.encode())
         self._seen = self._written = rows[-1].step if rows else -1
 
     def see(self, step: int, epoch: float, weights: Weights, *, last: bool = False) -> None:
@@ -128,7 +128,7 @@ class WeightsLog:
         The first call starts the log at its step. A step that is written already is not written again. Raises
         ValueError for a step that lies before one seen.
         """
-        if self._length is None:
+        if not self._started:
             self.start(step)
         if step < self._seen:
             raise ValueError(f"{self.path}: step {step} after step {self._seen}: steps only go up")
@@ -149,7 +149,6 @@ class WeightsLog:
             log.warning("%s cannot be written (%s); its lines wait in memory", self.path, error.strerror or error)
 
     def _append(self) -> None:
-        assert self._length is not None
         with open(self.path, "ab", buffering=0) as file:
             file.truncate(self._length)  # a part that a full disk left of an earlier try
             while self._waiting:
@@ -208,7 +207,8 @@ def _logged(path: Path, lines: Sequence[tuple[int, Any]]) -> LoggedWeights:
         set_of_site = {site: str(header["set_of_site"][site]) for site in header["sites"]}
         names = tuple(map(str, header["branches"])), tuple(map(str, header["sites"]))
         for line in lines[1:]:
-            number, row = line[0], _row(line[1])
+            number = line[0]
+            row = _row(line[1])
             _require_whole(row.weights, header)
             if rows and row.step <= rows[-1].step:
                 raise ValueError(f"step {row.step} after step {rows[-1].step}")

@@ -59,6 +59,7 @@ def fit(
     evaluate: Evaluate | None = None,
     extras: Callable[[], dict[str, Any]] | None = None,
     after_step: Callable[[], None] | None = None,
+    watch: Callable[[int, float], None] | None = None,
     resume: bool = False,
 ) -> FitResult:
     """Trains what `model` leaves trainable and leaves it with the best weights, in eval mode.
@@ -67,7 +68,9 @@ def fit(
     one); `config` is a command's config, of which the groups training, optimizer, schedule and tracker are read.
     `evaluate(step)` gives metrics by name; it is called on every process, in eval mode, before step 1, as often as
     `training.evaluate_every` says, and at the end. `extras()` gives what else a logged step has to say; `after_step()`
-    follows each update of the weights, on every process. With `resume`, goes on from the newest whole checkpoint.
+    follows each update of the weights, on every process. `watch(step, epoch)` sees the weights on the main process
+    before the first step (0; after a resume the restored one) and after each. With `resume`, goes on from the newest
+    whole checkpoint.
 
     Raises ValueError for settings that do not fit, before the first step; TrainingFailed where training cannot go
     on; RunStopped after SIGINT or SIGTERM, the step finished and a checkpoint written; CheckpointError if the end
@@ -96,12 +99,10 @@ def fit(
             total=total,
             extras=extras,
             after_step=after_step,
+            watch=watch,
         )
         seed_streams(seed, accelerator.process_index)
-        if not resume:
-            session.saver.require_unused()
-        if not (resume and session.restore()):
-            session.begin()
+        session.start(resume)
         if main:
             run.update(status="running")
         session.train(stop)

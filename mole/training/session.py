@@ -59,6 +59,7 @@ class Session:
     total: int
     extras: Callable[[], dict[str, Any]] | None = None
     after_step: Callable[[], None] | None = None
+    watch: Callable[[int, float], None] | None = None
     counters: Counters = field(default_factory=Counters)
     selection: Selection = field(default_factory=Selection)
     last_metrics: dict[str, float] = field(default_factory=dict)
@@ -68,6 +69,14 @@ class Session:
     def __post_init__(self) -> None:
         self._clock = time.monotonic()
         self.origins = fingerprints(self.learner.model, self.stream.data.train)
+
+    def start(self, resume: bool) -> None:
+        """Restores what there is to go on from, else begins."""
+        if not resume:
+            self.saver.require_unused()
+        if not (resume and self.restore()):
+            self.begin()
+        self._watch()
 
     def restore(self) -> bool:
         """Goes on from the newest whole checkpoint; False if there is none."""
@@ -105,6 +114,7 @@ class Session:
                 self.after_step()
             self._count(report, census, time.monotonic() - started)
             self._log(report)
+            self._watch()
             if self._due(self.settings.evaluate_every):
                 self._evaluate()
             if self._due(self.settings.checkpoint_every):
@@ -135,6 +145,10 @@ class Session:
         counters.step_seconds += seconds
         counters.loss = report.loss
         self._tick()
+
+    def _watch(self) -> None:
+        if self.watch is not None and self.learner.accelerator.is_main_process:
+            self.watch(self.counters.step, self.stream.epoch(self.counters.step))
 
     def _tick(self) -> None:
         now = time.monotonic()

@@ -63,6 +63,10 @@ def test_dropout_differs_between_the_processes(launched):
     assert ranks[0]["dropout"] != ranks[1]["dropout"]
 
 
+def test_the_main_process_alone_watches(launched):
+    assert [launched[1][rank]["watched"] for rank in (0, 1)] == [[0, 1, 2], []]
+
+
 def test_a_signal_to_one_process_stops_both_after_the_same_step(launched):
     root, ranks = launched
     for found in ranks.values():

@@ -50,6 +50,7 @@ def train(name: str, folder: Path, steps: int = 4, **more) -> nn.Module:
         optimizer=AdamWConfig(),
         evaluate_every=2,
         best_metric="score",
+        best_direction="min",
     )
 
     def evaluate(step: int) -> dict[str, float]:
@@ -69,7 +70,8 @@ def worker(root: str) -> dict:
         found[name] = weight_bytes(model).hex()
     found["dropout"] = dropout_drawn(folder)
     found["stopped"] = stopped_by_a_signal_to_rank_1(folder, rank)
-    train("plain", folder / "continued", steps=2)
+    watched = found["watched"] = []
+    train("plain", folder / "continued", steps=2, watch=lambda step, epoch: watched.append(step))
     return found
 
 
