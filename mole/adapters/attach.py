@@ -53,8 +53,8 @@ def attach(model: nn.Module, config: Any, *, seed: int, trained: Iterable[str] =
     return found
 
 
-def attach_weights(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer]:
-    """Put a given adapter's weights on `model` (copied, as float32); all else is frozen.
+def attach_weights(model: nn.Module, adapter: Adapter, *, trained: Iterable[str] = ()) -> dict[str, AdapterLayer]:
+    """Put a given adapter's weights on `model` (copied, as float32); all else is frozen, but for `trained` paths.
 
     Whole modules that it has, such as a head, are copied into those of the model, which are trainable then. Raises
     ValueError if the model lacks a module of the adapter, or has it in another shape: then the adapter was made for
@@ -77,6 +77,8 @@ def attach_weights(model: nn.Module, adapter: Adapter) -> dict[str, AdapterLayer
         for path, weights in adapter.modules.items()
     }
     found = _put(model, made)
+    for path in trained:
+        model.get_submodule(path).requires_grad_(True)
     for path, module in whole.items():
         module.requires_grad_(True)
         with torch.no_grad():

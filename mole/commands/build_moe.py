@@ -14,14 +14,16 @@ from pydantic import Field
 from mole import backbones, data, mixtures
 from mole.analysis import MissingExtra, plot_run
 from mole.backbones import Backbone
+from mole.commands import heads
+from mole.commands.chosen_experts import chosen_experts
 from mole.commands.feeding import dry_run, refuse_resuming, show_first_batch, training_data
-from mole.commands.library.opening import library_of
 from mole.commands.listening import TrainingForwards, listening, texts_of
 from mole.commands.preparing import prepare
+from mole.commands.static_weights import tell_bound, weights_log
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
 from mole.data import DataSplits, Sample
-from mole.evaluation import Validation, check_reloaded, mean_loss
+from mole.evaluation import check_reloaded, mean_loss
 from mole.experts import Expert, licences
 from mole.mixtures import MultiExpertModel
 from mole.mixtures.growing import carry, take_apart
@@ -40,11 +42,11 @@ Collate = Callable[[list[Sample]], dict[str, Any]]
 
 @config_dataclass
 class MixingConfig:
-    """What is done with the experts: the fields of `MixtureOptions` but for the kernel, and `explode`, see
-    mole/mixtures/exploding.py.
+    """What is done with the experts: the fields of `MixtureOptions` but for the kernel and the heads, and `explode`,
+    see mole/mixtures/exploding.py. `modules_to_save` auto: train where the data asks for a head, else error.
     """
 
-    modules_to_save: str = "error"
+    modules_to_save: str = "auto"
     pooled_gate: Literal["auto", "first", "last", "mean"] = "auto"
     expert_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     expert_dropout: Literal["auto", "off", "shared", "independent"] = "auto"
@@ -69,7 +71,7 @@ class BuildMoe:
     datasets: dict[str, DATASETS.union()] = dataclasses.field(default_factory=dict)  # type: ignore[valid-type]
     name: str = "mixture"
     start_from: str | None = None
-    experts: tuple[str, ...] | None = None
+    experts: tuple[str, ...] | dict[str, str] | str | None = None
     train: Literal["router", "experts", "both"] = "router"
     kernel: Literal["auto", "loop", "stacked", "grouped", "segments", "folded"] = "auto"
     mixing: MixingConfig = dataclasses.field(default_factory=MixingConfig)
@@ -120,11 +122,11 @@ def run(config: BuildMoe) -> float | None:
     Returns the best validation score; None where nothing was trained.
     """
     run = RunFolder(config.run.folder)
-    experts = mixtures.experts_of(library_of(config.library), config.experts)
-    accelerator = make_accelerator(config.training, backbones.resolve_device(config.backbone.device))
-    backbone = backbones.load(config.backbone)
-    model = _mixture(config, backbone, experts)
+    experts, origins = chosen_experts(config)
     chosen = chosen_datasets(config) if config.dataset or config.datasets else {}
+    accelerator = make_accelerator(config.training, backbones.resolve_device(config.backbone.device))
+    backbone = heads.backbone_for(config, chosen)
+    model = _mixture(config, backbone, experts)
     datasets = data.load_many(chosen, backbone.tokenizer, seed=config.seed, context_length=backbone.context_length)
     collate = partial(data.collate, pad_token_id=backbone.tokenizer.pad_token_id)
     log = RoutingLog(model.sites, model.expert_names)
@@ -147,7 +149,12 @@ def run(config: BuildMoe) -> float | None:
         _log_examples(model, datasets, collate, log, config)
         if len(log):
             log.flush(run.scalings / "log", overwrite=True, decode=partial(texts_of, backbone.tokenizer))
-        _keep(config, run, model, backbone, experts, _some_batch(model, datasets, collate), result)
+        held_out = data.joined(datasets.values(), "validation")
+        found = heads.finish(model, held_out, collate, config, backbone, datasets, run)
+        facts = licences.facts({name: expert.card.license for name, expert in experts.items()})
+        facts |= {"head": heads.head_fact(backbone.head), "origins": origins}
+        facts["scores"] = heads.score_rows(found, None, "+".join(datasets), len(held_out))
+        _keep(config, run, model, backbone, facts, _some_batch(model, datasets, collate), result)
         if result is not None:
             run.update(result=dataclasses.asdict(result))
         _draw(run)
@@ -179,6 +186,13 @@ def _mixture(config: BuildMoe, backbone: Backbone, experts: dict[str, Expert]) -
         parts = take_apart(mixtures.load_mixture(mixtures.mixture_folder(config.start_from), backbone))
         if parts.router_config != config.router:
             raise ValueError(f"start_from: the router of {config.start_from} has other settings than router=…")
+    mixing = dict(vars(config.mixing))
+    if mixing["modules_to_save"] == "auto":
+        mixing["modules_to_save"] = "train" if backbone.head else "error"
+    if backbone.head and mixing["modules_to_save"].startswith("train"):
+        mixing["heads"] = backbone.trained_along()
+    if (name := mixing["modules_to_save"].partition(":")[2]) in experts:
+        heads.check_head(f"expert {name!r}", experts[name].card, backbone.head)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for("init", config.seed))
         model = mixtures.mixture_of(
@@ -188,7 +202,7 @@ def _mixture(config: BuildMoe, backbone: Backbone, experts: dict[str, Expert]) -
             kernel=config.kernel,
             train=config.train if config.learns else "none",
             allow_other_backbone=config.allow_other_backbone,
-            **vars(config.mixing),
+            **mixing,
         )
     if parts is not None:
         carry(model, parts)
@@ -210,8 +224,13 @@ def _train(
     fed = training_data(train, collate, config.training, config.seed)
     if accelerator.is_main_process:
         show_first_batch(fed, config.training, backbone.tokenizer, run)
+        tell_bound(model, config, len(train))
     if config.dry_run:
         return dry_run(model, fed, config.training, accelerator) if accelerator.is_main_process else None
+    validation = None
+    if held_out:
+        limit = config.training.validation_examples
+        validation = heads.validation_for(model, held_out, collate, config, backbone, datasets, limit=limit)
     return fit(
         model,
         fed,
@@ -219,8 +238,9 @@ def _train(
         run,
         accelerator=accelerator,
         seed=config.seed,
-        evaluate=Validation(model, held_out, collate, config.training.batch_size) if held_out else None,
+        evaluate=validation,
         extras=lambda: mixtures.own_statistics(model) | (statistics.read() if statistics else {}),
+        watch=weights_log(model, config, run, len(train)),
         resume=config.run.resume == "auto",
     )
 
@@ -250,7 +270,7 @@ def _keep(
     run: RunFolder,
     model: MultiExpertModel,
     backbone: Backbone,
-    experts: dict[str, Expert],
+    facts: dict[str, Any],
     batch: dict[str, Any],
     result: FitResult | None,
 ) -> None:
@@ -262,14 +282,13 @@ def _keep(
         model,
         run.mixture,
         backbone,
-        origins=mixtures.pinned(experts, config.library.url),
         replace=config.run.resume == "auto",
         training=training,
-        **licences.facts({name: expert.card.license for name, expert in experts.items()}),
+        **facts,
     )
-    fresh = mixtures.load_mixture(
-        run.mixture, backbones.load(config.backbone), kernel=config.kernel, allow_other_backbone=True
-    )
+    chosen = chosen_datasets(config) if config.dataset or config.datasets else {}
+    again = heads.backbone_for(config, chosen)
+    fresh = mixtures.load_mixture(run.mixture, again, kernel=config.kernel, allow_other_backbone=True)
     try:
         check_reloaded(model, fresh, batch)
     except ValueError:

@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from rich.console import Console
 
-from mole import backbones, data, mixtures
+from mole import data, mixtures
 from mole.backbones import Backbone
 from mole.commands.library.opening import open_library
+from mole.commands import heads
 from mole.config.nodes import RunConfig, chosen_datasets
 from mole.data import DataSplits, Sample
-from mole.evaluation import Table, exact_match, mean_loss, total
+from mole.evaluation import Table, exact_match, mean_loss, predict, scores, total, write_predictions
 from mole.experts import ExpertLibrary
 from mole.experts.scores import with_score
 from mole.mixtures import MultiExpertModel
@@ -37,7 +38,7 @@ class Evaluate:
     model: str
     name: str = "evaluation"
     rows: tuple[Row, ...] | None = None
-    metric: Literal["loss", "exact_match"] = "loss"
+    metric: Literal["auto", "loss", "exact_match", "score"] = "auto"
     split: Literal["train", "validation", "test"] = "test"
     batch_size: Annotated[int, Field(ge=1)] = 64
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -59,14 +60,15 @@ def run(config: Evaluate) -> float | None:
     A run that was stopped goes on with the first score it lacks. Returns the mean of the last row.
     """
     run = RunFolder(config.run.folder)
-    backbone = backbones.load(config.backbone)
+    backbone = heads.backbone_for(config, chosen_datasets(config))
     model = mixtures.open_model(config.model, backbone, allow_other_backbone=config.allow_other_backbone)
     library = _library(config, model) if config.publish_scores else None
     datasets = data.load_many(
         chosen_datasets(config), backbone.tokenizer, seed=config.seed, context_length=backbone.context_length
     )
     splits = {name: _samples(name, one, config) for name, one in datasets.items()}
-    compared = dict(_rows(model, config.rows))
+    metric = _metric(config, backbone, datasets)
+    compared = dict(_rows(model, config.rows, with_base=backbone.head is None))
     known = dict(Table.read(run.cells).rows) if config.run.resume == "auto" and run.cells.is_file() else {}
     run.update(status="running")
     rows: dict[str, dict[str, float]] = {}
@@ -75,15 +77,47 @@ def run(config: Evaluate) -> float | None:
         with routed():
             for name, samples in splits.items():
                 if name not in rows[row]:
-                    rows[row][name] = _score(model, samples, backbone, config)
-                    write_atomically(run.cells, Table(config.metric, rows).as_json())
-    table = Table(config.metric, rows)
+                    rows[row][name] = _score(model, samples, backbone, config, metric)
+                    write_atomically(run.cells, Table(metric, rows).as_json())
+    table = Table(metric, rows)
     table.write(run)
     run.cells.unlink(missing_ok=True)
     Console().print(table.rendered())
+    if backbone.head is not None:
+        _keep_predictions(model, compared, splits, backbone, config, run)
     if library is not None:
         _publish(library, table, model.expert_names, splits, config)
     return table.mean(list(rows)[-1])
+
+
+def _metric(config: Evaluate, backbone: Backbone, datasets: Mapping[str, DataSplits]) -> str:
+    """What is measured, by its own name: of `score` that of the data's main score.
+
+    Raises ValueError for one that the data has not.
+    """
+    if config.metric == "loss" or (config.metric == "auto" and backbone.head is None):
+        return "loss"
+    if (config.metric == "exact_match") != (backbone.head is None):
+        wanted = "loss or exact_match" if backbone.head is None else "loss or score"
+        raise ValueError(f"metric={config.metric} does not go with this data: use {wanted}")
+    return config.metric if backbone.head is None else str(data.metric_of(datasets.values()))
+
+
+def _keep_predictions(
+    model: MultiExpertModel,
+    rows: Mapping[str, Routed],
+    splits: Mapping[str, Sequence[Sample]],
+    backbone: Backbone,
+    config: Evaluate,
+    run: RunFolder,
+) -> None:
+    """predictions.jsonl: what the last row says of every text."""
+    assert backbone.head is not None
+    samples = [sample for part in splits.values() for sample in part]
+    collate = partial(data.collate, pad_token_id=backbone.tokenizer.pad_token_id)
+    with list(rows.values())[-1]():
+        logits = predict(model, samples, collate, batch_size=config.batch_size)
+    write_predictions(run.predictions, samples, logits, backbone.head)
 
 
 def _library(config: Evaluate, model: MultiExpertModel) -> ExpertLibrary:
@@ -127,10 +161,13 @@ def _samples(name: str, splits: DataSplits, config: Evaluate) -> Sequence[Sample
     return data.spread(samples, config.limit)
 
 
-def _rows(model: MultiExpertModel, wanted: Sequence[Row] | None) -> Iterator[tuple[str, Routed]]:
-    """Row name → the context in which the model is that row. Raises ValueError for rows that this model cannot give."""
+def _rows(model: MultiExpertModel, wanted: Sequence[Row] | None, *, with_base: bool) -> Iterator[tuple[str, Routed]]:
+    """Row name → the context in which the model is that row. Raises ValueError for rows that this model cannot give.
+
+    Under a head the backbone by itself says nothing: there is no row for it then (`with_base` False).
+    """
     several = len(model.expert_names) > 1
-    can: list[str] = ["base", "experts"]
+    can: list[str] = ["base", "experts"] if with_base else ["experts"]
     if several:
         can += ["uniform", *(["oracle"] if any(model.shape.expert_tasks) else [])]
         can += ["mixture"] if model.router_config.name != "uniform" else []
@@ -153,10 +190,16 @@ def _rows(model: MultiExpertModel, wanted: Sequence[Row] | None) -> Iterator[tup
             yield "mixture", nullcontext
 
 
-def _score(model: MultiExpertModel, samples: Sequence[Sample], backbone: Backbone, config: Evaluate) -> float:
+def _score(
+    model: MultiExpertModel, samples: Sequence[Sample], backbone: Backbone, config: Evaluate, metric: str
+) -> float:
     tokenizer = backbone.tokenizer
-    if config.metric == "loss":
-        collate = partial(data.collate, pad_token_id=tokenizer.pad_token_id)
+    collate = partial(data.collate, pad_token_id=tokenizer.pad_token_id)
+    if metric not in ("loss", "exact_match"):
+        assert backbone.head is not None
+        logits = predict(model, samples, collate, batch_size=config.batch_size)
+        return scores(metric, backbone.head, logits, [sample.target for sample in samples])["score"]
+    if metric == "loss":
         return total(mean_loss(model, samples, collate, batch_size=config.batch_size).values()).loss
     return exact_match(
         model,

@@ -48,12 +48,14 @@ def show_first_batch(fed: TrainingData, training: TrainingConfig, tokenizer: Any
             "task": sample.task,
             "tokens": len(sample.input_ids),
             "supervised": sample.supervised,
+            **({} if sample.target is None else {"label": sample.completion}),
             "parts": [{"supervised": on, "text": tokenizer.decode(ids)} for on, ids in parts(sample)],
         }
         for sample in first
     ]
     write_atomically(run.samples, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    print(f"first sample: {_shown(lines[0]['parts'])}")
+    label = "" if first[0].target is None else f" → {first[0].completion}"
+    print(f"first sample: {_shown(lines[0]['parts'])}{label}")
 
 
 def refuse_resuming(config: Any) -> None:

@@ -12,14 +12,14 @@ from pydantic import Field
 from mole import adapters, backbones, data, merging
 from mole.adapters import Adapter
 from mole.backbones import Backbone
-from mole.commands import publishing
+from mole.commands import heads, publishing
 from mole.commands.feeding import dry_run, refuse_resuming, show_first_batch, training_data
 from mole.commands.library.opening import open_library
 from mole.commands.publishing import Goal
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
 from mole.data import DataSplits, Sample
-from mole.evaluation import HIGHER_IS_BETTER, Validation, check_reloaded, exact_match, nearest_experts
+from mole.evaluation import Validation, check_reloaded, exact_match, nearest_experts
 from mole.experts import Expert, check_backbone, check_name, describe, load_expert
 from mole.mixtures import experts_of
 from mole.registry import ADAPTERS, BACKBONES, DATASETS, LIBRARIES, OPTIMIZERS, SCHEDULES, TRACKERS, config_dataclass
@@ -56,7 +56,7 @@ class TrainExpert:
     description: str = ""
     message: str | None = None
     publish: Literal["always", "if-better"] = "always"
-    metric: Literal["loss", "exact_match"] = "loss"
+    metric: Literal["loss", "exact_match", "score"] = "loss"
     allow_other_backbone: bool = False
     dry_run: bool = False
     seed: int = 0
@@ -93,9 +93,10 @@ def run(config: TrainExpert) -> float | None:
     goal = publishing.goal(config, run)
     candidates = _candidates(config, goal)
     accelerator = make_accelerator(config.training, backbones.resolve_device(config.backbone.device))
-    backbone = backbones.load(config.backbone)
-    for expert in candidates.values():
+    backbone = heads.backbone_for(config, chosen_datasets(config))
+    for name, expert in candidates.items():
         check_backbone(expert.card, backbone.name, backbone.shapes, allow_other_backbone=config.allow_other_backbone)
+        heads.check_head(f"expert {name!r}", expert.card, backbone.head)
     datasets = data.load_many(
         chosen_datasets(config), backbone.tokenizer, seed=config.seed, context_length=backbone.context_length
     )
@@ -104,12 +105,13 @@ def run(config: TrainExpert) -> float | None:
         raise ValueError("publish=if-better compares on validation samples, and there are none: hold some out")
     collate = partial(data.collate, pad_token_id=backbone.tokenizer.pad_token_id)
     start = _start(config, backbone, candidates, train, collate)
+    along = backbone.trained_along(pooler=getattr(config.adapter, "train_pooler", True))
     if start is None:
-        adapters.attach(backbone.model, config.adapter, seed=seed_for("init", config.seed))
+        adapters.attach(backbone.model, config.adapter, seed=seed_for("init", config.seed), trained=along)
     else:
-        adapters.attach_weights(backbone.model, start.adapter)
+        adapters.attach_weights(backbone.model, start.adapter, trained=along)
     publishing.begin(goal, run)
-    validation = Validation(backbone.model, held_out, collate, config.training.batch_size) if held_out else None
+    validation = _validation(config, backbone, held_out, collate, datasets)
     before = _measured(config, backbone, validation) if config.publish == "if-better" else None
     fed = training_data(train, collate, config.training, config.seed)
     if accelerator.is_main_process:
@@ -127,9 +129,10 @@ def run(config: TrainExpert) -> float | None:
         resume=config.run.resume == "auto",
     )
     if accelerator.is_main_process:
-        adapter = adapters.extract(backbone.model)
+        adapter = adapters.extract(backbone.model, full=along)
         after = None if before is None else _measured(config, backbone, validation)
-        facts = _facts(config, datasets, result, after)
+        found = heads.finish(backbone.model, held_out, collate, config, backbone, datasets, run)
+        facts = _facts(config, datasets, result, after, found) | {"head": heads.head_fact(backbone.head)}
         card = describe(adapter, backbone, **facts, **_origin(config, goal, start))
         message = config.message or (f"{result.steps} more steps" if goal and goal.base else "")
         expert = publishing.following(Expert(card, adapter), goal, message)
@@ -139,11 +142,24 @@ def run(config: TrainExpert) -> float | None:
     return result.best_score
 
 
+def _validation(
+    config: TrainExpert,
+    backbone: Backbone,
+    samples: Sequence[Sample],
+    collate: Collate,
+    datasets: dict[str, DataSplits],
+) -> Validation | None:
+    if not samples:
+        return None
+    limit = config.training.validation_examples
+    return heads.validation_for(backbone.model, samples, collate, config, backbone, datasets, limit=limit)
+
+
 def _measured(config: TrainExpert, backbone: Backbone, validation: Validation | None) -> float:
     """`metric` of the model as it is, on all validation samples."""
     assert validation is not None
-    if config.metric == "loss":
-        return validation(0)["validation_loss"]
+    if config.metric != "exact_match":
+        return validation(0)[f"validation_{config.metric}"]
     samples, batch_size = validation.samples, config.training.batch_size
     return exact_match(backbone.model, samples, backbone.tokenizer, batch_size=batch_size)
 
@@ -218,9 +234,13 @@ def _origin(config: TrainExpert, goal: Goal | None, start: Start | None) -> dict
 
 
 def _facts(
-    config: TrainExpert, datasets: dict[str, DataSplits], result: FitResult, after: float | None
+    config: TrainExpert,
+    datasets: dict[str, DataSplits],
+    result: FitResult,
+    after: float | None,
+    found: dict[str, float],
 ) -> dict[str, Any]:
-    """What the card says of the training; `after` is the metric that was compared, if one was."""
+    """What the card says of the training; `after` is the metric that was compared, if one was, `found` the scores."""
     tasks = config.tasks
     if tasks is None:
         tasks = tuple(dict.fromkeys(sample.task for splits in datasets.values() for sample in splits.train))
@@ -229,20 +249,9 @@ def _facts(
         for name, splits in datasets.items()
     ]
     measured = {"loss": result.metrics["validation_loss"]} if "validation_loss" in result.metrics else {}
-    measured |= {} if after is None else {config.metric: after}
-    scores = [
-        {
-            "metric": metric,
-            "value": value,
-            "task": tasks[0] if len(tasks) == 1 else None,
-            "dataset": "+".join(datasets),
-            "split": "validation",
-            "examples": sum(len(splits.validation or ()) for splits in datasets.values()),
-            "higher_is_better": HIGHER_IS_BETTER[metric],
-            "config": None,
-        }
-        for metric, value in measured.items()
-    ]
+    measured |= found | ({} if after is None else {config.metric: after})
+    examples = sum(len(splits.validation or ()) for splits in datasets.values())
+    scores = heads.score_rows(measured, tasks[0] if len(tasks) == 1 else None, "+".join(datasets), examples)
     return {
         "tasks": tasks[:64],
         "tags": config.tags,
@@ -264,7 +273,7 @@ def _keep(expert: Expert, config: TrainExpert, run: RunFolder, backbone: Backbon
     if config.run.resume == "auto" and run.expert.exists():
         shutil.rmtree(run.expert)
     expert.save(run.expert)
-    fresh = backbones.load(config.backbone)
+    fresh = heads.backbone_for(config, chosen_datasets(config))
     adapters.attach_weights(fresh.model, load_expert(run.expert).adapter)
     try:
         check_reloaded(backbone.model, fresh.model, batch)

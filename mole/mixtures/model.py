@@ -208,6 +208,7 @@ class MultiExpertModel(nn.Module, Generation):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
         task_names: Any = None,
@@ -230,6 +231,7 @@ class MultiExpertModel(nn.Module, Generation):
             "position_ids": position_ids if "position_ids" in self.takes else None,
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
+            "token_type_ids": token_type_ids if "token_type_ids" in self.takes else None,
             "logits_to_keep": logits_to_keep,
         }
         inputs = {**{k: v for k, v in given.items() if v is not None}, **kwargs}

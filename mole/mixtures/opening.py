@@ -27,8 +27,8 @@ def open_model(place: str, backbone: Backbone, *, allow_other_backbone: bool = F
     """The model at `place` on `backbone`, in eval mode: a mixture as it was saved, an expert as a mixture of one.
 
     `place` is a run folder (with mixture/ or expert/), a mixture's or an expert's folder, a plain PEFT folder, or
-    `<library>/<name>`; a library, by folder or address, gives the uniform mixture of all its experts. Raises ValueError
-    if there is nothing of these, or it was made for another backbone.
+    `<library>/<name>`; a library, by folder or address, gives the uniform mixture of all its experts. An expert brings
+    its head along. Raises ValueError if there is nothing of these, or it was made for another backbone.
     """
     folder = Path(place).expanduser()
     if (mixture := _mixture_in(folder)) is not None:
@@ -42,8 +42,10 @@ def open_model(place: str, backbone: Backbone, *, allow_other_backbone: bool = F
         if expert.card.kind == "mixture":
             return _from_library(expert, split_expert(place)[0], backbone, allow_other_backbone)
         experts = {expert.card.tasks[0] if expert.card.tasks else "expert": expert}
+    heads = {name: len(expert.card.adapter["full_modules"]) for name, expert in experts.items() if expert.card.adapter}
+    whole = {"modules_to_save": f"take:{next(iter(experts))}"} if len(experts) == 1 and any(heads.values()) else {}
     return mixture_of(
-        experts, backbone, UniformConfig(), train="none", allow_other_backbone=allow_other_backbone
+        experts, backbone, UniformConfig(), train="none", allow_other_backbone=allow_other_backbone, **whole
     ).eval()
 
 

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -131,3 +132,10 @@ def inverse_sqrt(config: InverseSqrtConfig, optimizer: Optimizer, total: int) ->
 def build_schedule(config: Any, optimizer: Optimizer, total: int) -> LambdaLR:
     """The schedule that `config.name` names, for a run of `total` optimizer steps."""
     return SCHEDULES.build(config, optimizer, total)
+
+
+def summed_factors(config: Any, total: int) -> float:
+    """Σ over a run of `total` steps of what the schedule makes of a rate of 1."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    (factor,) = build_schedule(config, optimizer, total).lr_lambdas
+    return float(sum(factor(step) for step in range(total)))

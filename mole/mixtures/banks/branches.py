@@ -1,8 +1,8 @@
 """Experts at a post-norm sub-layer and at norms, as branches beside the plain backbone: y = Σ_k w_k b_k + w_0 b_0.
 
-Of an output module with h and x, b_k = LN_k(h + u_k(·) + x) and b_0 = LN_0(h + x): an expert that has no bottleneck here
-takes part with u = 0, one that trained no norm with the backbone's. Of a norm, b_k = N_k(z). Each norm runs over its own
-branch. w_0 is what the routing gives the backbone, else what its weights leave of 1.
+Of an output module with h and x, b_k = LN_k(h + u_k(·) + x) and b_0 = LN_0(h + x): an expert that has no bottleneck
+here takes part with u = 0, one that trained no norm with the backbone's. Of a norm, b_k = N_k(z). Each norm runs over
+its own branch. w_0 is what the routing gives the backbone, else what its weights leave of 1.
 
 One branch after another: on a CPU no stacked form was faster, and a branch is bit for bit what its expert alone gives.
 """
@@ -99,8 +99,8 @@ class Branches(Bank):
     def check_parameters(self) -> None:
         """Raises ValueError: each branch has a norm of its own, which is not linear."""
         raise ValueError(
-            "combine=parameters: experts at the end of a post-norm sub-layer are mixed as branches, each with its norm: "
-            "use combine=outputs"
+            "combine=parameters: experts at the end of a post-norm sub-layer are mixed as branches, each with its "
+            "norm: use combine=outputs"
         )
 
     def each(self) -> Iterator[tuple[int, Any]]:

@@ -1,0 +1,68 @@
+"""What a run shows of learned static weights: their log over time, and how far they can get."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+from mole.routers import MultiAdapterRouter, StaticRouter
+from mole.routers.multi_adapter import sub_layers
+from mole.routing.weights_log import WEIGHTS, WeightsLog
+from mole.run_folder import RunFolder
+from mole.training import summed_factors, total_steps
+
+logger = logging.getLogger(__name__)
+
+
+def weights_log(model: Any, config: Any, run: RunFolder, samples: int) -> Callable[[int, float], None] | None:
+    """What keeps the weights of a static router in scalings/weights.jsonl: called with step and epoch after each step.
+
+    None for other routers. A multi-adapter's log is kept every `router.log_every_steps`, null: a thousandth of all.
+    """
+    router = model.router
+    if not isinstance(router, StaticRouter):
+        return None
+    total = total_steps(config.training, samples)
+    groups, sites = router.groups, list(router.sites)
+    if isinstance(router, MultiAdapterRouter):
+        shown = sub_layers(sites)
+        place = {site: index for index, site in enumerate(shown)}
+        groups = {name: [place[sites[i]] for i in members if sites[i] in place] for name, members in groups.items()}
+        sites = shown
+    first = router.weights_by_group()
+    log = WeightsLog(
+        run.scalings / WEIGHTS,
+        branches=list(next(iter(first.values()))),
+        sites=sites,
+        sets=groups,
+        mode=router.config.normalise,
+        every=getattr(router.config, "log_every_steps", None) or math.ceil(total / 1000),
+        resume=config.run.resume == "auto",
+    )
+
+    def watch(step: int, epoch: float) -> None:
+        log.see(step, epoch, router.weights_by_group(), last=step == total)
+
+    return watch
+
+
+def tell_bound(model: Any, config: Any, samples: int) -> None:
+    """Prints how large a softmax weight can get in this run, and says so when no branch can get the half."""
+    router = model.router
+    if not isinstance(router, MultiAdapterRouter):
+        return
+    rates = router.config.lr or config.training.learning_rate
+    total = total_steps(config.training, samples)
+    bound = router.highest_weight(rates * summed_factors(config.schedule, total))
+    if bound is None:
+        return
+    print(f"a weight can reach about {bound:.2f} in {total} steps")
+    if bound < 0.5:
+        logger.warning(
+            "no branch can get half of the weight in so few steps: raise router.lr (%g) or training.max_steps, or "
+            "lower router.temperature (%g)",
+            rates,
+            router.config.temperature,
+        )
