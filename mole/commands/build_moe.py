@@ -19,7 +19,7 @@ from mole.commands.chosen_experts import chosen_experts
 from mole.commands.feeding import dry_run, refuse_resuming, show_first_batch, training_data
 from mole.commands.listening import TrainingForwards, listening, texts_of
 from mole.commands.preparing import prepare
-from mole.commands.static_weights import tell_bound, weights_log
+from mole.commands.static_weights import tell_bound, weights_logged
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
 from mole.data import DataSplits, Sample
@@ -231,18 +231,19 @@ def _train(
     if held_out:
         limit = config.training.validation_examples
         validation = heads.validation_for(model, held_out, collate, config, backbone, datasets, limit=limit)
-    return fit(
-        model,
-        fed,
-        config,
-        run,
-        accelerator=accelerator,
-        seed=config.seed,
-        evaluate=validation,
-        extras=lambda: mixtures.own_statistics(model) | (statistics.read() if statistics else {}),
-        watch=weights_log(model, config, run, len(train)),
-        resume=config.run.resume == "auto",
-    )
+    with weights_logged(model, config, run, len(train)) as watch:
+        return fit(
+            model,
+            fed,
+            config,
+            run,
+            accelerator=accelerator,
+            seed=config.seed,
+            evaluate=validation,
+            extras=lambda: mixtures.own_statistics(model) | (statistics.read() if statistics else {}),
+            watch=watch,
+            resume=config.run.resume == "auto",
+        )
 
 
 def _statistics(config: BuildMoe, model: MultiExpertModel) -> RoutingStatistics | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mole.routers import MultiAdapterRouter, StaticRouter
@@ -16,14 +17,19 @@ from mole.training import summed_factors, total_steps
 logger = logging.getLogger(__name__)
 
 
-def weights_log(model: Any, config: Any, run: RunFolder, samples: int) -> Callable[[int, float], None] | None:
-    """What keeps the weights of a static router in scalings/weights.jsonl: called with step and epoch after each step.
+@contextmanager
+def weights_logged(
+    model: Any, config: Any, run: RunFolder, samples: int
+) -> Iterator[Callable[[int, float], None] | None]:
+    """Inside the body: what keeps the weights of a static router in scalings/weights.jsonl, called after each step.
 
-    None for other routers. A multi-adapter's log is kept every `router.log_every_steps`, null: a thousandth of all.
+    None for other routers. A multi-adapter's log is kept every `router.log_every_steps`, null: a thousandth of all. The
+    last step is in it where the body ends well.
     """
     router = model.router
     if not isinstance(router, StaticRouter):
-        return None
+        yield None
+        return
     total = total_steps(config.training, samples)
     groups, sites = router.groups, list(router.sites)
     if isinstance(router, MultiAdapterRouter):
@@ -43,9 +49,10 @@ def weights_log(model: Any, config: Any, run: RunFolder, samples: int) -> Callab
     )
 
     def watch(step: int, epoch: float) -> None:
-        log.see(step, epoch, router.weights_by_group(), last=step == total)
+        log.see(step, epoch, router.weights_by_group())
 
-    return watch
+    yield watch
+    log.finish()
 
 
 def tell_bound(model: Any, config: Any, samples: int) -> None:
