@@ -21,6 +21,7 @@ _FILES = (
     "table.md",
     "table.csv",
     "generations.jsonl",
+    "predictions.jsonl",
     "probes.jsonl",
     "merge.json",
 )
@@ -74,6 +75,7 @@ class RunFolder:
     table_csv = property(lambda self: self.path / "table.csv", doc="The table of scores, for spreadsheets.")
     probes = property(lambda self: self.path / "probes.jsonl", doc="One JSON object for each probe of a search.")
     generations = property(lambda self: self.path / "generations.jsonl", doc="Prompts and what was generated.")
+    predictions = property(lambda self: self.path / "predictions.jsonl", doc="What was said of each validation text.")
     merge = property(lambda self: self.path / "merge.json", doc="What each module lost when experts became one.")
 
     def create(self) -> None:

@@ -26,7 +26,7 @@ COLUMNS = [
     {"backbones", "data"},
     {"config"},
     {"log", "run_folder", "command", "host", "untrusted", "figure"},
-    {"registry", "secrets"},
+    {"registry", "secrets", "head"},
 ]
 PLACE = {part: index for index, column in enumerate(COLUMNS) for part in column}
 LIGHT = ["__init__.py", "__main__.py", "command.py", "config/__init__.py"]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mole.data.samples import IGNORED, Sample
 
@@ -45,8 +46,10 @@ def collate(samples: Sequence[Sample], pad_token_id: int, padding_side: str = "r
 
     Returns `input_ids`, `attention_mask` and `labels` (int64 [B, T]; labels are -100 on prompts and padding),
     `prompt_mask` (bool [B, T]: a real token that is not supervised), `task_names` and `texts` (lists of B names and B
-    prompts).
+    prompts); `token_type_ids` (int64 [B, T]) if a sample tells two texts apart.
+    Of samples with a target, `labels` is [B]: int64 label indices, or the float32 numbers of a regression.
     Padding is told from real tokens by position, so a padding token that is also the end-of-sequence token is safe.
+    Raises ValueError if some samples have a target and others none, or a target of another kind.
     """
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side is 'left' or 'right', got {padding_side!r}")
@@ -55,18 +58,38 @@ def collate(samples: Sequence[Sample], pad_token_id: int, padding_side: str = "r
     shape = (len(samples), max(len(sample.input_ids) for sample in samples))
     input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
     labels = torch.full(shape, IGNORED, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
+    attention_mask, token_types = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     for row, sample in enumerate(samples):
         length = len(sample.input_ids)
         here = slice(0, length) if padding_side == "right" else slice(shape[1] - length, shape[1])
         input_ids[row, here] = torch.tensor(sample.input_ids, dtype=torch.long)
         labels[row, here] = torch.tensor(sample.labels, dtype=torch.long)
         attention_mask[row, here] = 1
-    return {
+        if sample.token_types:
+            token_types[row, here] = torch.tensor(sample.token_types, dtype=torch.long)
+    targets = targets_of(samples)
+    batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "labels": labels,
+        "labels": labels if targets is None else targets,
         "prompt_mask": attention_mask.bool() & (labels == IGNORED),
         "task_names": [sample.task for sample in samples],
         "texts": [sample.prompt for sample in samples],
     }
+    return {**batch, "token_type_ids": token_types} if any(sample.token_types for sample in samples) else batch
+
+
+def targets_of(samples: Sequence[Sample]) -> Tensor | None:
+    """The targets [B] of samples: int64 label indices, float32 numbers, or None where the samples have none.
+
+    Raises ValueError for samples of several kinds.
+    """
+    kinds = {type(sample.target): sample for sample in samples}
+    if len(kinds) > 1:
+        names = {type(None): "tokens to predict", int: "a label", float: "a number"}
+        found = ", ".join(f"{names[kind]} (task {sample.task})" for kind, sample in kinds.items())
+        raise ValueError(f"one batch has samples with {found}: train on datasets of one kind at a time")
+    (kind,) = kinds
+    if kind is type(None):
+        return None
+    return torch.tensor([sample.target for sample in samples], dtype=torch.float32 if kind is float else torch.long)

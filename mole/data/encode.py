@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mole.data.samples import IGNORED, DataSplits, Sample, Split
+from mole.head import Head
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,17 @@ def fit(sample: Sample, *, max_length: int | None, where: str, reason: str = "")
     return Encoded(None, truncated, reason or "it has no supervised token", where, text)
 
 
-def assemble(name: str, splits: Mapping[str, Iterable[Encoded] | None], max_unsupervised: float) -> DataSplits:
+def assemble(
+    name: str,
+    splits: Mapping[str, Iterable[Encoded] | None],
+    max_unsupervised: float,
+    *,
+    head: Head | None = None,
+    metric: str | None = None,
+) -> DataSplits:
     """The dataset `name` from its encoded examples: split name (train, validation, test) → examples.
+
+    `head` and `metric` are those of a task of whole texts.
 
     Raises ValueError if a split is empty, or if more than the share `max_unsupervised` of all examples has no
     supervised token; the message shows the first of them.
@@ -116,6 +126,8 @@ def assemble(name: str, splits: Mapping[str, Iterable[Encoded] | None], max_unsu
         fingerprint=_fingerprint(kept),
         dropped=len(lost),
         truncated=truncated,
+        head=head,
+        metric=metric,
     )
 
 
@@ -136,5 +148,6 @@ def _fingerprint(splits: dict[str, Split | None]) -> str:
     for name, samples in sorted(splits.items()):
         digest.update(f"{name}\n".encode())
         for sample in samples or ():
-            digest.update(f"{sample.task}\t{sample.input_ids}\t{sample.labels}\n".encode())
+            said = sample.labels if sample.target is None else repr(sample.target)
+            digest.update(f"{sample.task}\t{sample.input_ids}\t{said}\n".encode())
     return digest.hexdigest()

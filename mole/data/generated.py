@@ -144,19 +144,31 @@ def _unlimited(generate: Generator, rng: random.Random, count: int, taken: set[s
             yield prompt, completion
 
 
+def draw(
+    generate: Generator, name: str, seed: int, *, train: int, validation: int, test: int
+) -> dict[str, Iterator | list | None]:
+    """As many prompts with answers for each split: those of held-out ones differ; None where none are wanted."""
+    taken: set[str] = set()
+    held_out = {}
+    for split, count in (("test", test), ("validation", validation)):
+        rng = random.Random(f"{name} {split} {seed}")
+        held_out[split] = list(_distinct(generate, name, rng, count, taken)) if count else None
+    return {"train": _unlimited(generate, random.Random(f"{name} train {seed}"), train, taken), **held_out}
+
+
 def load_generated(
     generate: Generator, config: GeneratedConfig, tokenizer: Any, *, seed: int, context_length: int | None
 ) -> DataSplits:
     """The splits of a generated task: no prompt of one is in another, and the test split depends on the seed alone."""
-    name, taken = config.name, set()
-    held_out = {}
-    for split, count in (("test", config.test_examples), ("validation", config.validation_examples)):
-        rng = random.Random(f"{name} {split} {seed}")
-        held_out[split] = list(_distinct(generate, name, rng, count, taken)) if count else None
-    pairs = {
-        "train": _unlimited(generate, random.Random(f"{name} train {seed}"), config.examples, taken),
-        **held_out,
-    }
+    name = config.name
+    pairs = draw(
+        generate,
+        name,
+        seed,
+        train=config.examples,
+        validation=config.validation_examples,
+        test=config.test_examples,
+    )
     max_length = longest(config.max_length, context_length)
 
     def encode(split: str, examples: Any) -> Iterator[Encoded]:

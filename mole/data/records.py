@@ -1,7 +1,7 @@
 """Datasets made of records (JSON Lines, CSV, Parquet, Hub): their common fields, their formats, their splits."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -74,18 +74,28 @@ def load_records(
             return None
         return (encode_record(record, config, tokenizer, name=name, max_length=max_length) for record in chosen)
 
-    splits = {split: encode(chosen) for split, chosen in split_records(records, config, read, seed).items()}
+    held_out = {"test": config.test, "validation": config.validation}
+    drawn = split_records(records, held_out, read, seed=seed, path=config.path)
+    splits = {split: encode(chosen) for split, chosen in drawn.items()}
     return assemble(name, splits, config.max_unsupervised)
 
 
 def split_records(
-    records: list[Record], config: RecordsConfig, read: Callable[[str], list[Record]], seed: int
+    records: list[Record],
+    held_out: Mapping[str, HeldOut],
+    read: Callable[[str], list[Record]],
+    *,
+    seed: int,
+    path: str,
 ) -> dict[str, list[Record] | None]:
-    """train, validation and test. Shares and numbers are drawn at random by `seed`; the rest, in file order, trains."""
+    """train and the held-out splits. Shares and numbers are drawn at random by `seed`, in the order of `held_out`.
+
+    The rest, in file order, trains. Raises ValueError, naming `path`, if nothing is left.
+    """
     order = list(range(len(records)))
     random.Random(f"split {seed}").shuffle(order)
     splits: dict[str, list[Record] | None] = {}
-    for split, wanted in (("test", config.test), ("validation", config.validation)):
+    for split, wanted in held_out.items():
         if wanted is None:
             splits[split] = None
         elif isinstance(wanted, str):
@@ -96,8 +106,9 @@ def split_records(
             splits[split] = [records[i] for i in chosen]
     if not order:
         raise ValueError(
-            f"{config.path}: nothing is left to train on: {len(records)} records, "
-            f"validation={config.validation}, test={config.test}: lower them or set them to null"
+            f"{path}: nothing is left to train on: {len(records)} records, "
+            f"{', '.join(f'{split}={wanted}' for split, wanted in reversed(list(held_out.items())))}: "
+            "lower them or set them to null"
         )
     return {"train": [records[i] for i in sorted(order)], **splits}
 

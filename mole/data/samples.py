@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar, overload
 
+from mole.head import Head
+
 IGNORED = -100
 Item = TypeVar("Item")
 
@@ -21,6 +23,11 @@ class Sample:
 
     `prompt_ids` is a prefix of `input_ids` and what generation is given; `completion` is the text that it should
     give. Windows of plain text have no prompt: there `prompt_ids` holds at most the beginning-of-sequence token.
+
+    Where a head is to say something of the whole text, `target` is what: the index of a label, or the number of a
+    regression. Then no token is supervised, `completion` is the label's name, and `prompt_ids` are all ids.
+    `token_types` tells a first text from a second (0, 1), as long as `input_ids`; empty: one kind. `row`: where the
+    example stood, as in "dev.tsv:12".
     """
 
     input_ids: tuple[int, ...]
@@ -29,10 +36,15 @@ class Sample:
     prompt: str
     completion: str
     prompt_ids: tuple[int, ...]
+    target: int | float | None = None
+    token_types: tuple[int, ...] = ()
+    row: str = ""
 
     @property
     def supervised(self) -> int:
-        """Tokens that the loss counts; the first of a sequence has nothing before it and is never one."""
+        """What the loss counts: tokens, of which the first of a sequence is never one; 1 where there is a target."""
+        if self.target is not None:
+            return 1
         return sum(label != IGNORED for label in self.labels[1:])
 
 
@@ -61,7 +73,8 @@ class DataSplits:
 
     `validation` and `test` are None where the config asks for none. `dropped` counts the examples that had no
     supervised token, `truncated` those cut to the longest length allowed (over all splits). `fingerprint` is the
-    sha256 of every id, label and task name in order.
+    sha256 of every id, label and task name in order. `head` is what a task of whole texts asks of a model, and
+    `metric` the name of its main score; None for text to be continued.
     """
 
     train: Split
@@ -71,3 +84,5 @@ class DataSplits:
     fingerprint: str
     dropped: int = 0
     truncated: int = 0
+    head: Head | None = None
+    metric: str | None = None

@@ -14,7 +14,12 @@ from typing import Any
 from mole.registry import unknown
 from mole.run_folder import RunFolder, write_atomically
 
-HIGHER_IS_BETTER = {"exact_match": True, "accuracy": True, "loss": False}
+HIGHER_IS_BETTER = {
+    "exact_match": True,
+    "loss": False,
+    **dict.fromkeys(("score", "accuracy", "f1", "macro_f1", "mcc", "pearson", "spearman"), True),
+    **dict.fromkeys(("accuracy_f1", "accuracy_macro_f1", "pearson_spearman"), True),
+}
 MEAN = "mean"
 ABSENT = "–"
 

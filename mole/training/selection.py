@@ -1,6 +1,7 @@
 """Which evaluation was the best so far, and whether it is time to stop early."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,12 +29,13 @@ class Selection:
         """
         if config.best_metric is None:
             return False
-        if config.best_metric not in metrics:
-            raise ValueError(f"training.best_metric: {unknown('metric', config.best_metric, metrics)}")
+        metric, direction = criterion(config, metrics)
+        if metric not in metrics:
+            raise ValueError(f"training.best_metric: {unknown('metric', metric, metrics)}")
         if step == 0:
             return False
-        score = float(metrics[config.best_metric])
-        sign = 1.0 if config.best_direction == "min" else -1.0
+        score = float(metrics[metric])
+        sign = 1.0 if direction == "min" else -1.0
         if not math.isnan(score) and (
             self.to_beat is None or sign * (self.to_beat - score) > config.early_stopping_gain
         ):
@@ -52,3 +54,18 @@ class Selection:
     def as_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         return asdict(self)
+
+
+def criterion(config: TrainingConfig, metrics: Mapping[str, float]) -> tuple[str, str]:
+    """The metric to select by, and whether its "min" or "max" is best; `metrics` is what an evaluation gave.
+
+    By itself (auto) that is validation_score where there is one, else validation_loss; losses are best at their
+    least, everything else at its most.
+    """
+    metric = config.best_metric
+    assert metric is not None
+    if metric == "auto":
+        metric = "validation_score" if "validation_score" in metrics else "validation_loss"
+    if config.best_direction != "auto":
+        return metric, config.best_direction
+    return metric, "min" if "loss" in metric else "max"

@@ -31,8 +31,9 @@ class TrainingConfig:
     evaluate_every: Count | None = 100
     checkpoint_every: Count | None = 100
     keep_checkpoints: Count = 2
-    best_metric: str | None = "validation_loss"
-    best_direction: Literal["min", "max"] = "min"
+    validation_examples: Count | None = None
+    best_metric: str | None = "auto"
+    best_direction: Literal["auto", "min", "max"] = "auto"
     early_stopping_patience: Count | None = None
     early_stopping_gain: Annotated[float, Field(ge=0)] = 0.0
 
@@ -47,7 +48,7 @@ class TrainingConfig:
                 f"set batch_size={' or '.join(map(str, neighbours(self.batch_size, self.micro_batch_size)))}"
             )
         if self.early_stopping_patience is not None and self.best_metric is None:
-            problems.append("training.early_stopping_patience needs training.best_metric: name a metric")
+            problems.append("training.early_stopping_patience needs training.best_metric: name a metric, or auto")
         if self.early_stopping_patience is not None and self.evaluate_every is None:
             problems.append("training.early_stopping_patience needs training.evaluate_every: set a number of steps")
         if self.early_stopping_gain and self.early_stopping_patience is None:

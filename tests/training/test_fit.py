@@ -76,7 +76,7 @@ def test_the_best_weights_are_what_is_left(direction, best, tmp_path):
 def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path):
     model = ToyModel()
     scores = {0: 1.0, 1: float("nan"), 2: 5.0, 3: float("nan"), 4: 6.0}
-    config = recipe(evaluate_every=1, best_metric="score")
+    config = recipe(evaluate_every=1, best_metric="score", best_direction="min")
     assert fit_toy(model, tmp_path, config, evaluate=scripted(scores, model, {})).best_step == 2
     assert lines(tmp_path, "evaluation")[1]["score"] is None
 
@@ -84,7 +84,12 @@ def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path):
 def test_training_stops_early_when_patience_runs_out(tmp_path):
     model, kept = ToyModel(), {}
     config = recipe(
-        max_steps=9, evaluate_every=1, best_metric="score", early_stopping_patience=2, early_stopping_gain=0.5
+        max_steps=9,
+        evaluate_every=1,
+        best_metric="score",
+        best_direction="min",
+        early_stopping_patience=2,
+        early_stopping_gain=0.5,
     )
     scores = {0: 0.0, 1: 9.0, 2: 8.0, 3: 7.9, 4: 7.8, **dict.fromkeys(range(5, 10), 0.0)}
     result = fit_toy(model, tmp_path, config, evaluate=scripted(scores, model, kept))

@@ -106,7 +106,7 @@ def test_the_best_weights_survive_an_interruption(tmp_path):
         if step == 7 and not evaluated:
             evaluated.append(step)
             raise Interrupted
-        return {"score": abs(step - 3.0)}
+        return {"score": -abs(step - 3.0)}
 
     evaluated: list[int] = []
     config = recipe(max_steps=9, evaluate_every=1, checkpoint_every=2, keep_checkpoints=1, best_metric="score")
@@ -150,7 +150,7 @@ def names(folder: Path) -> list[str]:
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
     config = recipe(max_steps=9, evaluate_every=1, checkpoint_every=1, best_metric="score")
-    fit_toy(ToyModel(), tmp_path, config, evaluate=lambda step: {"score": abs(step - 3.0)})
+    fit_toy(ToyModel(), tmp_path, config, evaluate=lambda step: {"score": -abs(step - 3.0)})
     assert names(tmp_path) == ["step-3", "step-8", "step-9"]
 
 
@@ -314,7 +314,7 @@ def test_best_weights_that_found_no_room_are_in_the_next_checkpoint(full_disk, t
         if step == 6 and not broken:
             broken.append(step)
             raise Interrupted
-        return {"score": abs(step - 3.0)}
+        return {"score": -abs(step - 3.0)}
 
     model, kept, broken = ToyModel(), {}, []
     often = {"evaluate_every": 1, "checkpoint_every": 2, "best_metric": "score"}
