@@ -45,6 +45,7 @@ class TrainExpert:
     launcher: LauncherConfig
     datasets: dict[str, DATASETS.union()] = dataclasses.field(default_factory=dict)  # type: ignore[valid-type]
     name: str = "expert"
+    train: Literal["adapter", "head"] = "adapter"
     expert: str | None = None
     start: Literal["new", "nearest", "mean"] = "new"
     start_library: str | None = None
@@ -80,6 +81,11 @@ class TrainExpert:
             )
         if self.metric != "loss" and self.publish == "always":
             problems.append("metric says what publish=if-better compares: set both or neither")
+        if self.train == "head" and (self.library is not None or self.expert is not None or self.start != "new"):
+            problems.append(
+                "train=head trains a head alone, for comparison, and leaves no expert: leave library, "
+                "expert and start out"
+            )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -87,7 +93,8 @@ class TrainExpert:
 def run(config: TrainExpert) -> float | None:
     """Trains, keeps the best weights as `expert/`, checks what was written, publishes it if a library is named.
 
-    Returns the best validation score; None without validation data.
+    With train=head there is no adapter and no expert: scores and predictions alone. Returns the best validation score;
+    None without validation data.
     """
     run = RunFolder(config.run.folder)
     goal = publishing.goal(config, run)
@@ -106,7 +113,9 @@ def run(config: TrainExpert) -> float | None:
     collate = partial(data.collate, pad_token_id=backbone.tokenizer.pad_token_id)
     start = _start(config, backbone, candidates, train, collate)
     along = backbone.trained_along(pooler=getattr(config.adapter, "train_pooler", True))
-    if start is None:
+    if config.train == "head":
+        _train_head(backbone, along)
+    elif start is None:
         adapters.attach(backbone.model, config.adapter, seed=seed_for("init", config.seed), trained=along)
     else:
         adapters.attach_weights(backbone.model, start.adapter, trained=along)
@@ -129,17 +138,26 @@ def run(config: TrainExpert) -> float | None:
         resume=config.run.resume == "auto",
     )
     if accelerator.is_main_process:
+        found = heads.finish(backbone.model, held_out, collate, config, backbone, datasets, run)
+        run.update(result=dataclasses.asdict(result), datasets={n: d.fingerprint for n, d in datasets.items()})
+    if accelerator.is_main_process and config.train == "adapter":
         adapter = adapters.extract(backbone.model, full=along)
         after = None if before is None else _measured(config, backbone, validation)
-        found = heads.finish(backbone.model, held_out, collate, config, backbone, datasets, run)
         facts = _facts(config, datasets, result, after, found) | {"head": heads.head_fact(backbone.head)}
         card = describe(adapter, backbone, **facts, **_origin(config, goal, start))
         message = config.message or (f"{result.steps} more steps" if goal and goal.base else "")
         expert = publishing.following(Expert(card, adapter), goal, message)
         _keep(expert, config, run, backbone, collate(list(train[:4])))
-        run.update(result=dataclasses.asdict(result), datasets={n: d.fingerprint for n, d in datasets.items()})
         publishing.publish(goal, expert, run, against=_worse(config, before, after))
     return result.best_score
+
+
+def _train_head(backbone: Backbone, along: Sequence[str]) -> None:
+    """The head and what it reads through are all that trains. Raises ValueError without a head."""
+    if not along:
+        raise ValueError("train=head: this data asks for no head: give data to classify, or leave train=adapter")
+    for path in along:
+        backbone.model.get_submodule(path).requires_grad_(True)
 
 
 def _validation(
