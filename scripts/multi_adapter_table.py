@@ -2,8 +2,8 @@
 
 Usage: python scripts/multi_adapter_table.py <folder of the runs>
 
-A target whose expert does not beat a head alone by two standard deviations over the seeds is inconclusive: neither passed
-nor failed. Writes claims.json and table.md into the folder.
+A target whose expert does not beat a head alone by two standard deviations over the seeds is inconclusive: neither
+passed nor failed. Writes claims.json and table.md into the folder.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def spread(values: list[float | None]) -> tuple[float, float] | None:
 def verdict(rows: list[dict[str, Any]]) -> str:
     """passed, failed (with what does not hold), or inconclusive."""
     single, multi, head = (spread([row[name] for row in rows]) for name in ("single", "multi", "head"))
-    assert single is not None and multi is not None
+    assert single is not None
+    assert multi is not None
     if head is not None and single[0] - head[0] <= 2 * max(single[1], head[1]):
         return "inconclusive: the expert does not beat a head alone by 2 sd"
     wrong = []

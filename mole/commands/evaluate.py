@@ -12,8 +12,8 @@ from rich.console import Console
 
 from mole import data, mixtures
 from mole.backbones import Backbone
-from mole.commands.library.opening import open_library
 from mole.commands import heads
+from mole.commands.library.opening import open_library
 from mole.config.nodes import RunConfig, chosen_datasets
 from mole.data import DataSplits, Sample
 from mole.evaluation import Table, exact_match, mean_loss, predict, scores, total, write_predictions

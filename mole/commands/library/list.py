@@ -7,8 +7,9 @@ from typing import Literal
 from pydantic import Field
 
 from mole.commands.library.opening import open_library
-from mole.commands.library.output import COLUMNS, cell, print_json, print_table, sort_key
+from mole.commands.library.output import COLUMNS, print_json, print_table, row, sort_key
 from mole.commands.library.where import Where, conditions
+from mole.experts.card_cache import collecting_paused
 from mole.experts.filters import keep
 from mole.registry import config_dataclass
 
@@ -27,13 +28,18 @@ class LibraryList:
 
 def run(config: LibraryList) -> None:
     """Prints the experts; a damaged card is told on stderr and does not hide the others."""
+    with collecting_paused():
+        _list(config)  # whose cards are gone when it returns
+
+
+def _list(config: LibraryList) -> None:
     library = open_library(config.library)
     cards, problems = library.look()
     for name in sorted(problems):
         print(f"damaged: {problems[name]}", file=sys.stderr)
     where = conditions(config.where)
     cards = keep(cards, where) if where else cards
-    names = sorted(cards, key=lambda name: (*sort_key(config.sort, name, cards[name]), name))[: config.limit]
+    names = sorted(cards, key=lambda name: sort_key(config.sort, name, cards[name]))[: config.limit]
     if config.format == "json":
         print_json([{"name": name, **cards[name].to_dict()} for name in names])
     elif config.format == "names":
@@ -41,4 +47,4 @@ def run(config: LibraryList) -> None:
     elif not names:
         print(f"{library.url} has no expert yet; mole library add {library.url} <expert folder> adds one")
     else:
-        print_table(config.columns, [[cell(column, name, cards[name]) for column in config.columns] for name in names])
+        print_table(config.columns, [row(config.columns, name, cards[name]) for name in names])

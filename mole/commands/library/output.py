@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mole.experts import Card
@@ -28,13 +28,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         from rich.text import Text
 
         table = Table(*map(escape, columns), header_style="bold", box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+        for cells in rows:
+            table.add_row(*map(Text, cells))
         Console(width=shutil.get_terminal_size().columns).print(table)
         return
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    line = "  ".join(f"{{:{width}}}" for width in widths)  # texts stand to the left
+    sys.stdout.write("".join(f"{line.format(*cells).rstrip()}\n" for cells in (columns, *rows)))
 
 
 def size_text(size: int) -> str:
@@ -50,38 +50,57 @@ def size_text(size: int) -> str:
 def best_score(card: Card) -> dict[str, Any] | None:
     """Of the rows with the metric and split of the card's first score, the best."""
     rows = current(card)
-    if not rows:
-        return None
+    if len(rows) < 2:
+        return rows[0] if rows else None
     first = rows[0]
     same = [row for row in rows if (row["metric"], row["split"]) == (first["metric"], first["split"])]
     return (max if first["higher_is_better"] else min)(same, key=lambda row: row["value"])
 
 
-def cell(column: str, name: str, card: Card) -> str:
-    """What stands in a column for an expert."""
-    adapter, score = card.adapter or {}, best_score(card)
-    values = {
-        "name": name,
-        "backbone": card.backbone.name,
-        "method": adapter.get("method", card.kind),
-        "rank": "" if adapter.get("rank") is None else str(adapter["rank"]),
-        "tasks": ", ".join(card.tasks),
-        "score": f"{score['metric']} {score['value']:.4g}" if score else "",
-        "size": size_text(card.size),
-        "revision": card.revision[:8],
-    }
-    return values[column]
+def row(columns: Iterable[str], name: str, card: Card) -> list[str]:
+    """What stands in the columns for an expert."""
+    return [_CELLS[column](name, card) for column in columns]
 
 
-def sort_key(key: str, name: str, card: Card) -> tuple[bool, Any]:
-    """What experts are sorted by; those without a value come last."""
+def sort_key(key: str, name: str, card: Card) -> tuple[bool, Any, str]:
+    """What experts are sorted by; those without a value come last, and equal ones stand by name."""
+    value = _KEYS[key](name, card)
+    return value is None, value, name
+
+
+def _rank(name: str, card: Card) -> str:
+    rank = (card.adapter or {}).get("rank")
+    return "" if rank is None else str(rank)
+
+
+def _score(name: str, card: Card) -> str:
     score = best_score(card)
-    values = {
-        "name": name,
-        "created": card.created,
-        "rank": (card.adapter or {}).get("rank"),
-        "parameters": (card.adapter or {}).get("parameters"),
-        "score": None if score is None else (-score["value"] if score["higher_is_better"] else score["value"]),
-        "size": card.size,
-    }
-    return values[key] is None, values[key]
+    return f"{score['metric']} {score['value']:.4g}" if score else ""
+
+
+def _loss(name: str, card: Card) -> float | None:
+    """The best score, the lower the better."""
+    score = best_score(card)
+    if score is None:
+        return None
+    return -score["value"] if score["higher_is_better"] else score["value"]
+
+
+_CELLS: dict[str, Callable[[str, Card], str]] = {
+    "name": lambda name, card: name,
+    "backbone": lambda name, card: card.backbone.name,
+    "method": lambda name, card: (card.adapter or {}).get("method", card.kind),
+    "rank": _rank,
+    "tasks": lambda name, card: ", ".join(card.tasks),
+    "score": _score,
+    "size": lambda name, card: size_text(card.size),
+    "revision": lambda name, card: card.revision[:8],
+}
+_KEYS: dict[str, Callable[[str, Card], Any]] = {
+    "name": lambda name, card: name,
+    "created": lambda name, card: card.created,
+    "rank": lambda name, card: (card.adapter or {}).get("rank"),
+    "parameters": lambda name, card: (card.adapter or {}).get("parameters"),
+    "score": _loss,
+    "size": lambda name, card: card.size,
+}
