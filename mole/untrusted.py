@@ -51,14 +51,14 @@ def shown(text: object, limit: int = 80) -> str:
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
-def read_file(path: Path, max_bytes: int, *, follow: bool = True) -> bytes:
+def read_file(path: str | Path, max_bytes: int, *, follow: bool = True) -> bytes:
     """The bytes of a regular file of at most `max_bytes`.
 
     `follow=False` also refuses symbolic links and files with several hard links. Raises FileNotFoundError, Refused
     (not a regular file, or too large) or Damaged (it shrank while it was read).
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    if not follow and path.is_symlink():
+    if not follow and os.path.islink(path):
         raise Refused(f"{path} is a symbolic link; only regular files are taken")
     try:
         descriptor = os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))

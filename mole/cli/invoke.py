@@ -119,6 +119,19 @@ class _Call:
         config = runs.check(plan)  # before the engine starts anything
         if self.command.script:
             return self._script(config)
+        outcome = self._through_engine() if self._needs_engine(plan) else runs.start(plan)
+        say(outcome.lines) if outcome.code else [print(line) for line in outcome.lines]
+        return outcome.code
+
+    def _needs_engine(self, plan: runs.Plan) -> bool:
+        """Whether the engine has to start the job: for a folder of its own, or for what only the user can have set.
+
+        Else it would compose the same configuration a second time, which takes longer than most listings.
+        """
+        is_plain = self.engine.folders == (engines.conf_dir(),) and self.source is None
+        return saved_config.has_folder(plan.node) or not is_plain or any("hydra" in word for word in self.overrides)
+
+    def _through_engine(self) -> runs.Outcome:
         outcomes: list[runs.Outcome | Exception] = []
 
         def task(config: Any) -> None:
@@ -131,8 +144,7 @@ class _Call:
         outcome = outcomes[0]
         if isinstance(outcome, Exception):
             raise outcome
-        say(outcome.lines) if outcome.code else [print(line) for line in outcome.lines]
-        return outcome.code
+        return outcome
 
     def _script(self, config: Any) -> int:
         """Its commands one after another, each shown as one would type it; ends with the first that fails."""

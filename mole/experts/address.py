@@ -8,7 +8,6 @@ from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from pydantic import ValidationError
 
@@ -88,6 +87,8 @@ def library_path(address: str) -> Path:
         return Path(address).expanduser()
     if kind_of(address) != "local":
         raise LibraryError(f"{shown(address)} is no folder; write library={SCHEMES[scheme]} library.url={address}")
+    from urllib.request import url2pathname  # an HTTP client comes with it
+
     parts = urlsplit(address)
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
         raise LibraryError(f"{shown(address)} names another machine; write file:///folder/of/the/library")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mole.experts.card import MAX_CARD_BYTES, digest_of
-from mole.experts.schema import DIGEST, FieldError, fail, mapping, optional, pattern, record, rows, whole
+from mole.experts.schema import DIGEST, FieldError, check_format, fail, mapping, optional, pattern, record, rows, whole
 from mole.untrusted import Damaged, LibraryError, shown, strict_json
 
 ARTEFACT_FILE = "artefact.json"
@@ -26,13 +26,13 @@ _NAME = re.compile(rf"(?:[0-9a-f]{{16}}|library)\.(?:{_KIND.pattern})\.[0-9a-f]{
 _MADE_FROM = ("kind", "code", "config", "experts", "backbone", "data")
 
 
-def _config(value: Any, field: str) -> None:
+def _config(value: Any) -> None:
     if not isinstance(value, dict):
-        fail(field, "an object", value)
+        fail("an object", value)
 
 
 _FIELDS = {
-    "format": lambda value, field: None,
+    "format": lambda value: None,
     "kind": pattern(_KIND, "a kind: small letters, digits, '_', '-', at most 32"),
     "code": whole,
     "config": _config,
@@ -43,6 +43,7 @@ _FIELDS = {
     "content": DIGEST,
     "revision": DIGEST,
 }
+_RECORD = record(_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,13 @@ def new_artefact(
     """The card of an artefact whose one file is known by size and sha256. Raises LibraryError for what cannot be."""
     card: dict[str, Any] = {
         "format": 1,
-        "kind": kind, "code": code, "config": dict(config), "experts": sorted(experts),
-        "backbone": backbone, "data": data, "files": {name: dict(row) for name, row in files.items()},
+        "kind": kind,
+        "code": code,
+        "config": dict(config),
+        "experts": sorted(experts),
+        "backbone": backbone,
+        "data": data,
+        "files": {name: dict(row) for name, row in files.items()},
     }
     try:
         card["content"] = digest_of(card["files"])
@@ -164,13 +170,8 @@ def check_artefact_name(name: str) -> str:
 
 
 def _check(card: Any) -> None:
-    if not isinstance(card, dict):
-        fail("card", "an object", card)
-    if type(card.get("format")) is not int or card["format"] < 1:
-        fail("format", "1", card.get("format"))
-    if card["format"] > 1:
-        raise FieldError(f"format: {shown(card['format'])}; this mole knows format 1: it needs a newer mole")
-    record(_FIELDS)(card, "")
+    check_format(card)
+    _RECORD(card)
     if card["experts"] != sorted(set(card["experts"])):
         raise FieldError("experts: must be sorted, none of them twice")
     if not card["files"]:

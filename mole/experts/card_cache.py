@@ -58,7 +58,7 @@ class CardCache:
 
     def read(self) -> dict[str, Card | Exception]:
         """The cards of all experts as they are now, or the Damaged that one is, in the order of names."""
-        with self._lock:
+        with self._lock, collecting_paused(isinstance(self._backend, LocalBackend)):
             head = self._backend.head()
             if self._is_current(head):
                 return {name: card for name, (_, card) in self._rows.items()}
@@ -118,13 +118,14 @@ class CardCache:
             return
         self._loaded = True
         try:
-            digest, _, data = self._file.read_bytes().partition(b"\n")
+            with self._file.open("rb") as file:
+                digest, data = file.readline().rstrip(b"\n"), file.read()
         except OSError:
             return
         if digest.decode("ascii", "replace") != hashlib.sha256(data).hexdigest():
             logger.info("%s is damaged and not used; the cards are read again", self._file)
             return
-        with _no_collecting():
+        with collecting_paused():
             value: dict[str, Any] = json.loads(data)
             if value.get("format") == _FORMAT and value.get("url") == address_of(self._backend):
                 self._head = value["head"]
@@ -132,8 +133,14 @@ class CardCache:
 
 
 @contextmanager
-def _no_collecting() -> Iterator[None]:
-    """Python's search for cycles paused: it would look again and again at what is made here, and all of that stays."""
+def collecting_paused(is_short: bool = True) -> Iterator[None]:
+    """Python's search for cycles paused: of ten thousand cards that are made it would look at each again and again.
+
+    Not for work over a network: that is long, and its clients leave cycles behind.
+    """
+    if not is_short:
+        yield
+        return
     was_on = gc.isenabled()
     gc.disable()
     try:

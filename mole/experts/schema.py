@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from mole.untrusted import shown
 
-Check = Callable[[Any, str], None]
+Check = Callable[[Any], None]
 
 CARD_FILE = "expert.json"
 README_FILE = "README.md"
@@ -19,6 +20,8 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 RELATIONS = ("continued", "merged", "converted", "imported", "copied")
 HEADS = ("classification", "regression", "tokens", "question_answering")
 
+_BEYOND = 2**63
+_CLOCKS = timedelta(days=2)
 _BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 _MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}", re.ASCII)
@@ -32,12 +35,27 @@ _FILES = {
 
 
 class FieldError(ValueError):
-    """A field of a card holds what it may not hold."""
+    """A field of a card holds what it may not hold. `path` leads to it: steps such as `.adapter` and `[3]`.
+
+    A check knows no path: the ones around it put their steps in front, and only when something is wrong.
+    """
+
+    def __init__(self, problem: str, path: str = ""):
+        super().__init__(f"{path.removeprefix('.')}: {problem}" if path else problem)
+        self.problem = problem
+        self.path = path
+
+    def under(self, step: str) -> FieldError:
+        """The same error as the value around sees it."""
+        return FieldError(self.problem, step + self.path)
+
+    def __reduce__(self):
+        return type(self), (self.problem, self.path)
 
 
-def fail(field: str, wanted: str, value: Any) -> None:
+def fail(wanted: str, value: Any) -> None:
     """Raise FieldError."""
-    raise FieldError(f"{field}: must be {wanted}, got {shown(value)}")
+    raise FieldError(f"must be {wanted}, got {shown(value)}")
 
 
 def is_clean(text: str) -> bool:
@@ -55,19 +73,21 @@ def looks_like_path(text: str) -> bool:
 def text(cap: int, *, empty: bool = False, path: bool = True) -> Check:
     """Text of at most `cap` characters; `empty`, `path`: whether it may be empty, or look like a path."""
 
-    def check(value: Any, field: str) -> None:
+    def check(value: Any) -> None:
         if not isinstance(value, str) or len(value) > cap or not (value or empty) or not is_clean(value):
-            fail(field, f"text of {0 if empty else 1} to {cap:,} characters without control characters", value)
+            fail(f"text of {0 if empty else 1} to {cap:,} characters without control characters", value)
         if not path and looks_like_path(value):
-            fail(field, "a name, not a path", value)
+            fail("a name, not a path", value)
 
     return check
 
 
 def pattern(expression: re.Pattern[str], wanted: str) -> Check:
-    def check(value: Any, field: str) -> None:
-        if not isinstance(value, str) or not expression.fullmatch(value):
-            fail(field, wanted, value)
+    fits = expression.fullmatch
+
+    def check(value: Any) -> None:
+        if not isinstance(value, str) or not fits(value):
+            fail(wanted, value)
 
     return check
 
@@ -77,88 +97,110 @@ def hexadecimal(least: int, most: int) -> Check:
     return pattern(re.compile(rf"[0-9a-f]{{{least},{most}}}", re.ASCII), wanted)
 
 
-def whole(value: Any, field: str) -> None:
-    if type(value) is not int or not 0 <= value < 2**63:
-        fail(field, "a whole number from 0", value)
+def whole(value: Any) -> None:
+    if type(value) is not int or not 0 <= value < _BEYOND:
+        fail("a whole number from 0", value)
 
 
-def number(value: Any, field: str) -> None:
-    if type(value) not in (int, float) or value != value or value in (float("inf"), float("-inf")):
-        fail(field, "a finite number", value)
+def number(value: Any) -> None:
+    """A finite number; whole ones within 64 bits, as everything that is read."""
+    if type(value) is not float and (type(value) is not int or not -_BEYOND <= value < _BEYOND):
+        fail("a finite number", value)
+    if not math.isfinite(value):
+        fail("a finite number", value)
 
 
-def flag(value: Any, field: str) -> None:
+def flag(value: Any) -> None:
     if type(value) is not bool:
-        fail(field, "true or false", value)
+        fail("true or false", value)
 
 
 def one_of(*known: str) -> Check:
-    def check(value: Any, field: str) -> None:
+    def check(value: Any) -> None:
         if value not in known or not isinstance(value, str):
-            fail(field, f"one of {', '.join(known)}", value)
+            fail(f"one of {', '.join(known)}", value)
 
     return check
 
 
-def moment(value: Any, field: str) -> None:
+def moment(value: Any) -> None:
     """UTC to the second, and not in the future (by more than two days: clocks are wrong)."""
     try:
         then = datetime.fromisoformat(value) if _MOMENT.fullmatch(value) else None
     except (TypeError, ValueError):
         then = None
     if then is None:
-        return fail(field, "a time such as 2026-01-31T12:00:00Z", value)
-    if then > datetime.now(UTC) + timedelta(days=2):
-        fail(field, "a time that has been", value)
+        return fail("a time such as 2026-01-31T12:00:00Z", value)
+    if then > datetime.now(UTC) + _CLOCKS:
+        fail("a time that has been", value)
     return None
 
 
 def optional(check: Check) -> Check:
-    return lambda value, field: None if value is None else check(value, field)
+    return lambda value: None if value is None else check(value)
 
 
 def rows(check: Check, cap: int, least: int = 0) -> Check:
     """A list of `least` to `cap` values that each pass `check`."""
 
-    def check_all(value: Any, field: str) -> None:
+    def check_all(value: Any) -> None:
         if not isinstance(value, list) or not least <= len(value) <= cap:
-            fail(field, f"a list of {least} to {cap:,}", value)
-        for place, item in enumerate(value):
-            check(item, f"{field}[{place}]")
+            return fail(f"a list of {least} to {cap:,}", value)
+        place = 0
+        try:
+            for place, item in enumerate(value):  # noqa: B007  (named in the error)
+                check(item)
+        except FieldError as error:
+            raise error.under(f"[{place}]") from None
+        return None
 
     return check_all
 
 
 def record(fields: Mapping[str, Check]) -> Check:
     """An object with exactly these fields."""
+    names, checks = fields.keys(), tuple(fields.items())
 
-    def check(value: Any, field: str) -> None:
+    def check(value: Any) -> None:
         if not isinstance(value, dict):
-            return fail(field, "an object", value)
-        prefix = f"{field}." if field else ""
-        if value.keys() != fields.keys():
-            for name in value:
-                if name not in fields:
-                    raise FieldError(f"{prefix}{shown(name)[1:-1]}: unknown field (known: {', '.join(fields)})")
-        for name, one in fields.items():
-            if name not in value:
-                raise FieldError(f"{prefix}{name}: missing")
-            one(value[name], prefix + name)
+            return fail("an object", value)
+        if value.keys() != names:
+            _other_fields(value, names)
+        name = ""
+        try:
+            for name, one in checks:
+                one(value[name])
+        except FieldError as error:
+            raise error.under(f".{name}") from None
         return None
 
     return check
 
 
+def _other_fields(value: dict[str, Any], names: Collection[str]) -> None:
+    for name in value:
+        if name not in names:
+            raise FieldError(f"unknown field (known: {', '.join(names)})", f".{shown(name)[1:-1]}")
+    missing = next(name for name in names if name not in value)
+    raise FieldError("missing", f".{missing}")
+
+
 def mapping(key: re.Pattern[str], check: Check, cap: int) -> Check:
     """An object of at most `cap` entries, keys by `key`, values by `check`."""
+    fits = key.fullmatch
 
-    def check_all(value: Any, field: str) -> None:
+    def check_all(value: Any) -> None:
         if not isinstance(value, dict) or len(value) > cap:
-            return fail(field, f"an object of at most {cap} entries", value)
-        for name, item in value.items():
-            if not isinstance(name, str) or not key.fullmatch(name):
-                raise FieldError(f"{field}: {shown(name)} is not a valid key")
-            check(item, _dotted(field, name))
+            return fail(f"an object of at most {cap} entries", value)
+        for name in value:
+            if not isinstance(name, str) or not fits(name):
+                raise FieldError(f"{shown(name)} is not a valid key")
+        name = ""
+        try:
+            for name, item in value.items():  # noqa: B007  (named in the error)
+                check(item)
+        except FieldError as error:
+            raise error.under(f".{name}") from None
         return None
 
     return check_all
@@ -167,16 +209,12 @@ def mapping(key: re.Pattern[str], check: Check, cap: int) -> Check:
 def scalar(*, path: bool) -> Check:
     short = text(200, empty=True, path=path)
 
-    def check(value: Any, field: str) -> None:
+    def check(value: Any) -> None:
         if isinstance(value, str):
-            return short(value, field)
-        return None if isinstance(value, bool) else number(value, field)
+            return short(value)
+        return None if isinstance(value, bool) else number(value)
 
     return check
-
-
-def _dotted(field: str, name: str) -> str:
-    return f"{field}.{name}" if field else name
 
 
 DIGEST = hexadecimal(64, 64)
@@ -216,7 +254,7 @@ _ORIGIN = {
     "content": optional(DIGEST),
 }
 FIELDS: dict[str, Check] = {
-    "format": lambda value, field: None,
+    "format": lambda value: None,
     "kind": one_of(*KINDS),
     "adapter": optional(record(_ADAPTER)),
     "backbone": record(_BACKBONE),
@@ -244,15 +282,24 @@ FIELDS: dict[str, Check] = {
 }
 
 
+_CARD = record(FIELDS)
+
+
+def check_format(card: Any) -> None:
+    """Raise FieldError unless `card` is an object of format 1."""
+    if not isinstance(card, dict):
+        raise FieldError(f"must be an object, got {shown(card)}", ".card")
+    found = card.get("format")
+    if type(found) is not int or found < 1:
+        raise FieldError(f"must be 1, got {shown(found)}", ".format")
+    if found > 1:
+        raise FieldError(f"{shown(found)}; this mole knows format 1: it needs a newer mole", ".format")
+
+
 def check_card(card: Any) -> None:
     """Raise FieldError unless `card`, plain data, is of format 1 and each field holds what it may hold."""
-    if not isinstance(card, dict):
-        fail("card", "an object", card)
-    if type(card.get("format")) is not int or card["format"] < 1:
-        fail("format", "1", card.get("format"))
-    if card["format"] > 1:
-        raise FieldError(f"format: {shown(card['format'])}; this mole knows format 1: it needs a newer mole")
-    record(FIELDS)(card, "")
+    check_format(card)
+    _CARD(card)
     if (card["kind"] == "adapter") != (card["adapter"] is not None):
         raise FieldError("adapter: wanted for kind adapter, and for no other")
     check_files(card["kind"], list(card["files"]))

@@ -35,6 +35,8 @@ def with_score(rows: Iterable[Mapping[str, Any]], row: Mapping[str, Any]) -> lis
 
 def current(card: Card) -> list[dict[str, Any]]:
     """The rows of this revision's weights: those whose `config` is an earlier revision stand beside, for people."""
+    if not card.history:
+        return list(card.scores)
     earlier = tuple(row["revision"][:16] for row in card.history)
     return [row for row in card.scores if row["config"] not in earlier]
 

@@ -1,12 +1,14 @@
 import copy
 import json
 from dataclasses import fields
+from random import Random
 
 import pytest
 
 from mole.experts import BackboneRef, Card, Damaged, LibraryError, check_backbone, make_card
-from mole.experts.card import digest_of, new_card, parse_card
+from mole.experts.card import _plainly_sound, digest_of, new_card, parse_card
 from mole.experts.schema import FIELDS
+from mole.untrusted import strict_json
 
 HISTORY = [{"revision": "a" * 64, "content": "b" * 64, "created": "2026-01-30T09:00:00Z", "message": "first"}]
 FILE = {"size": 3, "sha256": "c" * 64}
@@ -66,6 +68,64 @@ def test_history_keeps_the_newest_hundred(expert):
     for number in range(103):
         card = card.edited(tags=[f"t{number}"]).next_after(card, "")
     assert len(card.history) == 100
+
+
+TWICE = {
+    "at the front": lambda text: text.replace("{", '{"author": "B", ', 1),
+    "with a colon in it": lambda text: text.replace("{", '{"author": "a:b", ', 1),
+    "escaped": lambda text: text.replace("{", '{"\\u0061uthor": "B", ', 1),
+    "its colons escaped": lambda text: text.replace("{", '{"author": "\\u003a", ', 1),
+    "with spaces": lambda text: text.replace("{", '{"author"\n\t : "B", ', 1),
+    "inside": lambda text: text.replace('"tasks": [', '"producer": {"mole": "1", "mole": "2"}, "tasks": ['),
+    "an object": lambda text: text.replace("{", '{"files": {"a": {"b": 1}}, ', 1),
+    "the revision": lambda text: text.replace("{", '{"revision": "x", ', 1),
+    "the content": lambda text: text.replace("{", '{"content": null, ', 1),
+}
+
+
+@pytest.mark.parametrize("how", TWICE)
+def test_a_key_that_stands_twice_is_damage_also_where_the_digests_fit(good, how):
+    data = TWICE[how](sealed(good).decode()).encode()
+    assert json.loads(data).keys() == json.loads(sealed(good)).keys()
+    with pytest.raises(Damaged, match="twice"):
+        parse_card(data, "x")
+
+
+HARMLESS = {
+    "colons in texts": {"description": "a: b: c", "training": {"note": "an x:y"}, "tasks": [":", "a:"]},
+    "escapes": {"description": 'says "\\:"', "author": "\u00e9"},
+    "large numbers": {"training": {"tokens": 2**63 - 1, "least": -(2**63), "rate": 1e-300}},
+}
+
+
+@pytest.mark.parametrize("what", HARMLESS)
+def test_what_a_card_may_hold_is_read_however_its_text_is_spelled(good, what):
+    card = json.loads(sealed({**good, **HARMLESS[what]}))
+    spellings = [json.dumps(card, ensure_ascii=ascii, indent=indent) for ascii in (True, False) for indent in (None, 1)]
+    for text in spellings:
+        assert parse_card(text.encode(), "x").to_dict() == card
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 10**400, float("inf"), float("nan")])
+def test_a_number_beyond_64_bits_is_damage(good, value):
+    text = sealed({**good, "training": {"steps": 12345}}).decode().replace("12345", str(value).replace("inf", "1e999"))
+    with pytest.raises(Damaged, match="not valid JSON"):
+        parse_card(text.encode(), "x")
+
+
+def test_a_look_that_is_quick_takes_nothing_that_a_close_one_refuses(good):
+    """Bytes of a card changed at random: where the quick look is content, so is the strict parser."""
+    random, data = Random(0), sealed({**good, "description": "a:b"})
+    assert _plainly_sound(data) is not None
+    kept = 0
+    for _ in range(3000):
+        place, new = random.randrange(len(data)), random.choice([b"", b":", b" ", b'"', b",", b"0", b"{", b"\\", b"a"])
+        changed = data[:place] + new + data[place + random.randrange(2) :]
+        found = _plainly_sound(changed)
+        if found is not None:
+            kept += 1
+            assert strict_json(changed, "x") == found == json.loads(data)
+    assert kept
 
 
 WRONG = {

@@ -9,6 +9,7 @@ from pydantic import Field
 from mole.commands.library.opening import open_library
 from mole.commands.library.output import COLUMNS, print_json, print_table, row, sort_key
 from mole.commands.library.where import Where, conditions
+from mole.experts.address import kind_of
 from mole.experts.card_cache import collecting_paused
 from mole.experts.filters import keep
 from mole.registry import config_dataclass
@@ -28,7 +29,7 @@ class LibraryList:
 
 def run(config: LibraryList) -> None:
     """Prints the experts; a damaged card is told on stderr and does not hide the others."""
-    with collecting_paused():
+    with collecting_paused(kind_of(config.library) == "local"):
         _list(config)  # whose cards are gone when it returns
 
 

@@ -1,4 +1,4 @@
-"""How the library's verbs print: a table on a terminal, aligned text elsewhere, JSON, or names alone."""
+"""How the library's verbs print: a table on a terminal, aligned text elsewhere or if long, JSON, or names alone."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from mole.experts import Card
 from mole.experts.scores import current
 
 COLUMNS = ("name", "backbone", "method", "rank", "tasks", "score", "size", "revision")
+_MOST_FITTED = 1000  # rows that are fitted to a terminal: seconds for ten thousand
 SORTS = ("name", "created", "rank", "parameters", "score", "size")
 
 
@@ -21,7 +22,7 @@ def print_json(value: Any) -> None:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Rows under column names. Texts of cards are shown as they are: they have no control characters."""
     rows = [tuple(row) for row in rows]
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and len(rows) <= _MOST_FITTED:
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table

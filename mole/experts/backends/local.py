@@ -82,7 +82,7 @@ class LocalBackend:
         for name in names:
             self._entries.check_name(name)
             try:
-                data = self._look(name)[1]
+                data = self._folder.read(f"{self.root}/{name}") or self._look(name)[1]
                 if data is not None:
                     yield name, self._entries.parse(data, f"{self.url}/{name}")
             except LibraryError as error:

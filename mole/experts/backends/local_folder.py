@@ -62,12 +62,12 @@ class LocalFolder:
             return None
         return f"{facts.st_ino}-{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ctime_ns}"
 
-    def read(self, folder: Path) -> bytes | None:
+    def read(self, folder: str | Path) -> bytes | None:
         """The card's bytes; None if `folder` is no entry's folder of its own (a link leads out of the library)."""
         if os.path.islink(folder):
             return None
         try:
-            return read_file(folder / self._entries.card_file, MAX_CARD_BYTES)
+            return read_file(f"{folder}/{self._entries.card_file}", MAX_CARD_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
