@@ -79,6 +79,8 @@ def _load(name: str, place: str) -> Expert:
     foreign = folder.is_file() or (folder / "adapter.safetensors").is_file() or any(folder.glob("*.p"))
     if foreign:  # a pickle is refused there, with the way out
         return import_expert(folder, hints=Hints(heads=(folder / "head_config.json").is_file()))
+    if "://" not in place and not folder.exists() and not (folder.parent / ".mole").is_dir():
+        raise LibraryError(f"{place}: there is no such folder, and no library in {folder.parent}")
     expert = load_expert(place)
     if expert.card.kind != "adapter":
         raise LibraryError(f"{place} is a mixture, not an expert")

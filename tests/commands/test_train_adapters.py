@@ -38,9 +38,9 @@ def test_every_adapter_trains_and_leaves_an_expert_of_its_method(runs, name):
     assert facts["status"] == "finished"
     assert facts["result"]["steps"] == 2
     card = ExpertLibrary.open(str(runs / "library")).card(name)
-    lora = name in ("dora", "lora", "pissa", "rslora")
-    assert card.adapter["method"] == ("lora" if lora else name)
-    config = "mole_adapter.json" if name == "bottleneck" else "adapter_config.json"
+    lora, bottleneck = name in ("dora", "lora", "pissa", "rslora"), name in ("houlsby", "pfeiffer", "parallel")
+    assert card.adapter["method"] == ("lora" if lora else "bottleneck" if bottleneck else name)
+    config = "mole_adapter.json" if bottleneck else "adapter_config.json"
     assert set(card.files) == {config, "adapter_model.safetensors"}
     assert {f"expert/{file}" for file in card.files} <= files(runs / name)
 
@@ -68,7 +68,7 @@ def test_a_mixture_of_all_adapters_is_built_and_generates(runs, tmp_path, backbo
     mole("build-moe", *SMALL, f"library={runs / 'library'}", "router=task", f"run.folder={tmp_path / 'mixture'}")
     model = load_mixture(tmp_path / "mixture" / "mixture", backbone)
     assert set(model.expert_names) == set(NAMES)
-    for task in ("prefix", "prompt", "bottleneck"):
+    for task in ("prefix", "prompt", "pfeiffer"):
         words = [*SMALL, f"model={tmp_path / 'mixture'}", "prompt=reverse: abc", f"task={task}", "max_new_tokens=3"]
         mole("generate", *words, f"run.folder={tmp_path / task}")
         assert (tmp_path / task / "generations.jsonl").is_file()
@@ -76,7 +76,7 @@ def test_a_mixture_of_all_adapters_is_built_and_generates(runs, tmp_path, backbo
 
 def test_a_setting_out_of_range_is_told_before_anything_runs(tmp_path, capsys):
     folder = tmp_path / "run"
-    words = [*SMALL, *data("reverse"), "adapter=bottleneck", "adapter.style=pfeifer", f"run.folder={folder}"]
+    words = [*SMALL, *data("reverse"), "adapter=parallel", "adapter.placement=pfeifer", f"run.folder={folder}"]
     assert main(["train-expert", *words]) == 2
-    assert "adapter.style" in capsys.readouterr().err
+    assert "adapter.placement" in capsys.readouterr().err
     assert not folder.exists()
