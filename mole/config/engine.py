@@ -79,6 +79,8 @@ class Engine:
     def groups(self, overrides: Sequence[str] = ()) -> dict[str, str | None]:
         """Every group that the command can select → the option chosen under `overrides` (None: none yet)."""
         key = (self.config_name, *overrides)
+        if not overrides and self.config_name == self.command and not self._has_defaults():
+            return {}  # as the engine would find out, which takes it longer than all else that a listing needs
         if key not in self._groups:
             loader = self.hydra.config_loader
             found = loader.compute_defaults_list(self.config_name, list(overrides), RunMode.RUN).overrides.known_choices
@@ -149,6 +151,9 @@ class Engine:
                 root = next(f for f in self.folders if file.is_relative_to(f))
                 return f"{file.relative_to(root)}:{entry.line}"
         return ""
+
+    def _has_defaults(self) -> bool:
+        return "defaults" in self.primary_file().read_text(encoding="utf-8")
 
     def _first(self, name: str) -> Path | None:
         return next((folder / name for folder in self.folders if (folder / name).is_file()), None)
