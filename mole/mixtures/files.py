@@ -32,6 +32,7 @@ from mole.experts.card import Card, bytes_facts, check_backbone, new_card
 from mole.experts.folder import check_entries, has_card, read_card, verified_files, write_card
 from mole.mixtures.exploding import parent_of
 from mole.mixtures.model import MultiExpertModel
+from mole.mixtures.trainable import backbone_parameters
 from mole.mixtures.wrapping import MixtureOptions
 from mole.registry import ROUTERS, config_dataclass
 from mole.run_folder import write_folder_atomically
@@ -216,6 +217,8 @@ def _router_config(node: dict[str, Any], folder: Path) -> Any:
     name = node.get("name")
     if not isinstance(name, str) or name not in ROUTERS:
         raise Damaged(f"{folder / MIXTURE}: router {name!r} is not known here (known: {', '.join(ROUTERS.names())})")
+    if node.get("from_folder") is not None:
+        raise Damaged(f"{folder / MIXTURE}: router: from_folder: a mixture starts from no other folder")
     try:
         return TypeAdapter(ROUTERS[name].config).validate_json(json.dumps(node))
     except ValidationError as error:
@@ -250,7 +253,7 @@ def _trained_state(model: MultiExpertModel) -> dict[str, torch.Tensor]:
     for site, layer in model.layers.items():
         if layer.flex is not None:
             state |= {f"flex.{site}.{name}": parameter for name, parameter in layer.flex.named_parameters()}
-    return state | {f"backbone.{name}": parameter for name, parameter in model.backbone_parameters().items()}
+    return state | {f"backbone.{name}": parameter for name, parameter in backbone_parameters(model).items()}
 
 
 def _load_router(model: MultiExpertModel, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:

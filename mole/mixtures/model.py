@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from mole.adapters import Adapter
 from mole.backbones.modules import replace_module
+from mole.mixtures import trainable
 from mole.mixtures.forward_routing import route
 from mole.mixtures.generation import Generation
 from mole.mixtures.listening import Listener, Observer, report
@@ -26,13 +27,11 @@ from mole.mixtures.two_pass.encoder_decoder import RoutedEncoder, check_widths, 
 from mole.mixtures.two_pass.hidden_store import HiddenStore
 from mole.mixtures.two_pass.routing_pass import Streams, can_cache, pass_inputs
 from mole.mixtures.two_pass.speculation import SpeculationReport
-from mole.mixtures.wrapping import MixtureOptions, expert_now, without_norms, wrap
+from mole.mixtures.wrapping import MixtureOptions, expert_now, has_lora_bias, without_norms, wrap
 from mole.registry import unknown
 from mole.routers import MixtureShape, Router
 from mole.routing import Frame, Routing, RoutingContext, RoutingInputs
 from mole.routing.losses import labels_of, routing_losses
-
-TRAINS = ("router", "experts", "both", "none")
 
 
 class MultiExpertModel(nn.Module, Generation):
@@ -73,32 +72,25 @@ class MultiExpertModel(nn.Module, Generation):
         self.loss_options: dict[str, Any] = {}  # over and free_bits of `routing_losses`
         self.hidden_store: HiddenStore | None = None  # keeps the routing pass of training examples, if set
         self.speculation: SpeculationReport | None = None  # of the last `generate` with self_speculation
-        parts = (part for adapter in experts.values() for part in adapter.modules.values())
-        biased = any(getattr(part, "bias", None) is not None for part in parts)
         self.options = MixtureOptions(
             kernel=kernel,
             expert_dropout=expert_dropout,
             expert_dtype=expert_dtype,
             modules_to_save=modules_to_save,
             pooled_gate=pooled_gate,
-            gate_lora_bias=gate_lora_bias or not biased,
+            gate_lora_bias=gate_lora_bias or not any(map(has_lora_bias, experts.values())),
             scaling_pass_dropout=scaling_pass_dropout,
             heads=tuple(heads),
         )
         check_widths(backbone)
-        wrapped = wrap(backbone, experts, self.context, self.options)
-        # Plain dicts: the backbone owns the modules.
+        wrapped = wrap(backbone, experts, self.context, self.options)  # plain dicts: the backbone owns the modules
         self.layers, self.stand_ins, self._outlines = wrapped.layers, wrapped.stand_ins, wrapped.outlines
-        self.shape = MixtureShape(
-            expert_names=tuple(experts),
-            expert_tasks=tuple(tuple((tasks or {}).get(name, ())) for name in experts),
-            sites=tuple(self.layers),
-            hidden_size=backbone.config.get_text_config().hidden_size,
-        )
+        known = tuple(tuple((tasks or {}).get(name, ())) for name in experts)
+        width = backbone.config.get_text_config().hidden_size
+        self.shape = MixtureShape(tuple(experts), expert_tasks=known, sites=tuple(self.layers), hidden_size=width)
         self.router: Router | None = None
         self.groups: dict[str, tuple[str, ...]] = {}  # of routers of the layers: name → the sites they serve
-        self.router_config = router_config
-        self.streams = Streams()
+        self.router_config, self.streams = router_config, Streams()
         self.takes = set(signature(backbone.forward).parameters)
         self._can_cache, self.pass_inputs = can_cache(backbone), pass_inputs(backbone)
         try:
@@ -154,44 +146,16 @@ class MultiExpertModel(nn.Module, Generation):
         return {path: standing.module for path, standing in self.stand_ins.items()} if trains else {}
 
     def set_trainable(self, train: str) -> None:
-        """router, experts, both or none: exactly these parameters get a gradient; the backbone never does."""
-        if train not in TRAINS:
-            raise ValueError(unknown("train", train, TRAINS))
-        mode, learns = getattr(self.router_config, "mode", None), train in ("router", "both")
-        self.trains_backbone = learns and mode in ("base_ft", "full_ft")
-        self.backbone.requires_grad_(self.trains_backbone)
-        self.trains_experts = train in ("experts", "both") or (learns and mode == "full_ft")
-        for standing in self.stand_ins.values():  # what they stand for is not used
-            standing.base.requires_grad_(False)
-        for layer in self.layers.values():
-            layer.bank.requires_grad_(self.trains_experts)
-            if layer.flex is not None:
-                layer.flex.requires_grad_(learns)
-        for module in self.trained_modules().values():
-            module.requires_grad_(train != "none")
-        for router in self.routers().values():
-            router.requires_grad_(learns)
-
-    def backbone_parameters(self) -> dict[str, nn.Parameter]:
-        """The backbone's own parameters by name, as far as they are trained: with router.mode base_ft and full_ft."""
-        if getattr(self.router_config, "mode", None) not in ("base_ft", "full_ft"):
-            return {}
-        added = [*self.routers().values(), *self.trained_modules().values()]
-        added += [part for layer in self.layers.values() for part in (layer.bank, layer.flex) if part is not None]
-        added += [standing.base for standing in self.stand_ins.values()]
-        others = {id(p) for module in added for p in module.parameters()}
-        return {name: p for name, p in self.backbone.named_parameters() if id(p) not in others}
+        """router, experts, both or none: exactly these parameters get a gradient, and with router.mode base_ft or
+        full_ft the backbone's.
+        """
+        trainable.set_trainable(self, train)
 
     def parameter_settings(self) -> dict[str, dict[str, float]]:
         """Name of a parameter → its own `lr` and `weight_decay`, where the router's config sets them, and `clip` 0
         where it takes no part in the clipping of gradients.
         """
-        wanted = {name: getattr(self.router_config, name, None) for name in ("lr", "weight_decay")}
-        own = {name: value for name, value in wanted.items() if value is not None}
-        if any(not router.clipped for router in self.routers().values()):
-            own["clip"] = 0.0
-        routed = {id(parameter) for router in self.routers().values() for parameter in router.parameters()}
-        return {name: own for name, p in self.named_parameters() if own and id(p) in routed}
+        return trainable.parameter_settings(self)
 
     def unload(self) -> PreTrainedModel:
         """Gives the backbone back: every wrapped module is the object that it was."""

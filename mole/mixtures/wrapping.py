@@ -96,10 +96,22 @@ def wrap(
     sites = _Sites(backbone, list(experts.values()), modules, options)
     layers = {path: mixture_at(modules[path], sites.bank(path), sites.fit(path), context) for path in sites.paths}
     standing = stand_ins(modules, experts, options.modules_to_save, context, options.heads)
+    _check_closing(layers, standing)
     for path, layer in reversed({**layers, **standing}.items()):  # parts of a module before the module
         replace_module(backbone, path, layer)
     outlines = {name: replace(adapter, modules={}) for name, adapter in experts.items()}
     return Wrapped(layers, standing, outlines)
+
+
+def _check_closing(layers: Mapping[str, MixtureLayer], standing: Mapping[str, StandIn]) -> None:
+    """Raises ValueError for a norm that closes a sub-layer and is mixed by itself too, as PEFT's experts train it."""
+    for path in (*layers, *standing):
+        outer, _, last = path.rpartition(".")
+        if last == "LayerNorm" and outer in layers and isinstance(layers[outer].bank, OutputBank):
+            raise ValueError(
+                f"{path}: experts trained its bias, or the norm as a whole module, and others have branches at "
+                f"{outer}, each with a norm of its own: leave one of these kinds out"
+            )
 
 
 def without_norms(experts: Mapping[str, Adapter], router_config: Any) -> Mapping[str, Adapter]:
@@ -120,6 +132,11 @@ def without_norms(experts: Mapping[str, Adapter], router_config: Any) -> Mapping
             )
         found[name] = replace(adapter, modules=kept)
     return found
+
+
+def has_lora_bias(adapter: Adapter) -> bool:
+    """Whether some LoRA of the expert has a bias."""
+    return any(isinstance(part, LoraWeights) and part.bias is not None for part in adapter.modules.values())
 
 
 def expert_now(outline: Adapter, index: int, layers: Mapping[str, MixtureLayer]) -> Adapter:
