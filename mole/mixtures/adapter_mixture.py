@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mole.mixtures.banks.branches import Branches
 from mole.mixtures.fitting import Fit, fitted
 from mole.mixtures.keeping import kept
 from mole.routers import Router
@@ -65,15 +64,22 @@ class MixtureLayer(nn.Module):
             share = parts["bank"].delta(base_out, rows, fitting)  # type: ignore[union-attr]
             return base_out + self.router.value(share)  # type: ignore[operator]
         out = parts["bank"](base_out, rows, fitting)  # type: ignore[misc]
-        if fitting.base is not None and not isinstance(self.bank, Branches):
-            out = out + self._surplus(fitting).to(out.dtype) * base_out
+        if fitting.base is not None and not self.bank.mixes_base:
+            out = out + self._surplus(fitting, rows, base_out)
         return out if self.flex is None else self.flex(out, None, frame)
 
-    def _surplus(self, routing: Routing) -> Tensor:
-        """What experts and backbone together have above 1: every expert brings the backbone along."""
-        return routing.dense(self.fit.num_experts).sum(-1, keepdim=True) + routing.base - 1.0
+    def _surplus(self, routing: Routing, rows: Tensor, base_out: Tensor) -> Tensor:
+        """`base_out` times what experts and backbone together have above 1: every expert brings the backbone along."""
+        above = (routing.dense(self.fit.num_experts).sum(-1, keepdim=True) + routing.base - 1.0).to(base_out.dtype)
+        if self.fit.takes == "channels":
+            shape = above.shape[0], 1, *(1,) * (base_out.dim() - 3), above.shape[1]
+            return above.reshape(shape) * base_out
+        if self.fit.takes == "ids":
+            return above * base_out
+        lead = rows.shape[:-1] if self.fit.takes == "features" else (1,) * (3 - base_out.dim()) + base_out.shape[:-1]
+        return (above * base_out.reshape(*lead, -1)).reshape(base_out.shape)
 
-    def _routing(self, x: Tensor, base_out: Tensor, frame: Frame) -> Routing | None:
+    def _routing(self, x: Tensor, base_out: Any, frame: Frame) -> Routing | None:
         """None where the module is called on its own, outside a forward of the model."""
         if frame.fixed is not None:
             return frame.fixed
@@ -90,7 +96,7 @@ class MixtureLayer(nn.Module):
             frame.shared[self.group] = routing
         return routing
 
-    def _own(self, x: Tensor, base_out: Tensor, frame: Frame) -> Any:
+    def _own(self, x: Tensor, base_out: Any, frame: Frame) -> Any:
         """What this layer's router says; what it said at the prompt, if it keeps that while generating."""
         router: Any = self.router
         rows = x[None] if x.dim() == 2 else x

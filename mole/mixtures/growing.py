@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +19,7 @@ class Parts:
     """A mixture taken apart: its backbone is free again.
 
     `experts` name → adapter, with tensors of its own; `routers` group → router ("" the one of the whole model);
-    `trained` path → tensors of a whole module that was trained with the router.
+    `trained` path → tensors of a whole module that was trained with the router; `flex` site → those of a flex adapter.
     """
 
     backbone: Any
@@ -29,6 +29,7 @@ class Parts:
     options: MixtureOptions
     routers: dict[str, Router]
     trained: dict[str, dict[str, Tensor]]
+    flex: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def take_apart(model: MultiExpertModel) -> Parts:
@@ -41,6 +42,7 @@ def take_apart(model: MultiExpertModel) -> Parts:
         options=model.options,
         routers=routers_by_group(model),
         trained={path: dict(module.state_dict()) for path, module in model.trained_modules().items()},
+        flex={site: dict(layer.flex.state_dict()) for site, layer in model.layers.items() if layer.flex is not None},
     )
     model.unload()
     return parts
@@ -91,6 +93,9 @@ def carry(model: MultiExpertModel, parts: Parts, *, replaced: Collection[str] = 
     for path, module in model.trained_modules().items():
         if path in parts.trained:
             module.load_state_dict(parts.trained[path])
+    for site, layer in model.layers.items():
+        if layer.flex is not None and site in parts.flex:
+            layer.flex.load_state_dict(parts.flex[site])
 
 
 def routers_by_group(model: MultiExpertModel) -> dict[str, Router]:

@@ -25,11 +25,7 @@ class OutputMixture(MixtureLayer):
         h = base.dropout(base.dense(hidden_states))
         total = h + input_tensor
         end = Ending(h, input_tensor, total, base.LayerNorm, base.LayerNorm(total))
-        self._end = end
-        try:
-            routing = self._routing(input_tensor, end.out, frame)
-        finally:
-            del self._end
+        routing = self._routing(input_tensor, end, frame)
         if routing is None:
             return end.out
         if frame.recording:
@@ -42,9 +38,9 @@ class OutputMixture(MixtureLayer):
         mixed = self.bank.mixed(end, fitting)
         return mixed if self.flex is None else self.flex(mixed, input_tensor, frame)
 
-    def _own(self, x: Tensor, base_out: Tensor, frame: Frame) -> Any:
-        router: Any = self.router
+    def _own(self, x: Tensor, base_out: Any, frame: Frame) -> Any:
+        router, bank, end = self.router, self.bank, base_out
+        assert router is not None
         if "outputs" not in router.needs:
-            return super()._own(x, base_out, frame)
-        bank, end = self.bank, self._end
+            return super()._own(x, end.out, frame)
         return router(x, frame, outputs=bank.asked(end), inner=partial(bank.toward, end), present=bank.present)

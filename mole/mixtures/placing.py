@@ -55,7 +55,7 @@ def on_devices(routings: Mapping[str, Routing], devices: Mapping[str, torch.devi
 def _moved(routing: Routing, device: torch.device) -> Routing:
     if routing.weights.device == device:
         return routing
-    parts = {name: getattr(routing, name) for name in ("weights", "expert_ids", "spread")}
+    parts = {name: getattr(routing, name) for name in ("weights", "expert_ids", "spread", "base")}
     return replace(routing, **{name: None if part is None else part.to(device) for name, part in parts.items()})
 
 

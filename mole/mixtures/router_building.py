@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from mole.backbones.modules import device_of, in_out_features, reads_left_to_right
-from mole.mixtures.call_mixture import check_calls
+from mole.backbones.sites import is_norm
+from mole.mixtures.banks import OutputBank
+from mole.mixtures.call_mixture import CallMixture, check_calls
 from mole.mixtures.flex import Flex
+from mole.mixtures.fusion_start import start_from_fusion
 from mole.mixtures.groups import groups_of
 from mole.mixtures.output_mixture import OutputMixture
 from mole.mixtures.subtraction import subtract
@@ -38,6 +41,8 @@ def build_router(model: Any) -> None:
             raise ValueError(f"{site}: {error}") from error
     if getattr(config, "has_flex", False):
         add_flex(model)
+    if getattr(config, "from_folder", None) is not None:
+        start_from_fusion(model)
     for router in model.routers().values():
         if "experts" in router.needs:
             router.take_experts([_weights_at(model, site) for site in router.sites])
@@ -49,9 +54,9 @@ def add_flex(model: Any) -> None:
     for site, layer in model.layers.items():
         if isinstance(layer, OutputMixture):
             norm = layer.base.LayerNorm if config.flex_norm else None
-        elif getattr(layer.bank, "kind", "") == "norm":
+        elif is_norm(layer.base):
             continue
-        elif layer.fit.takes == "features":
+        elif layer.fit.takes == "features" and not isinstance(layer, CallMixture):
             norm = None
         else:
             raise ValueError(f"router.mode=flex: {site} gives no hidden states: use router.mode=base")
@@ -66,6 +71,12 @@ def _build_for_layers(model: Any, build: Any, group: str, sites: tuple[str, ...]
             raise ValueError(
                 f"router={model.router_config.name} goes by the input of each module, and that of {site} "
                 "(embedding, convolution or whole module) cannot be read: use a router for the whole model"
+            )
+        bank = model.layers[site].bank
+        if "outputs" in build.needs and isinstance(bank, OutputBank) and bank.has_norms:
+            raise ValueError(
+                f"router={model.router_config.name} mixes before the norm that closes {site}, and experts trained "
+                "norms of their own there: use router=adapter_fusion router.norms=base, which leaves them out"
             )
     owner = model.layers[sites[0]]
     width, made = _widths(owner)

@@ -19,7 +19,7 @@ class SubtractedBank(nn.Module):
     """`experts` as they were loaded, and `differences`, the bank of what they come to, which computes."""
 
     takes = "features"
-    reads_output = False
+    reads_output = mixes_base = False
 
     def __init__(self, experts: LoraBank, differences: LoraBank):
         super().__init__()

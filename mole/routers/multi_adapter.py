@@ -3,7 +3,8 @@
     y = Σ_k w_k b_k + w_base b_base,    w = normalise(θ_g)
 
 One θ for the model, for runs of neighbouring sub-layers, for each block or each sub-layer. Norms that are mixed by
-themselves belong to the sub-layer before them, those before all sub-layers to the first.
+themselves belong to the sub-layer that the backbone lists before them in their block, else to the first of the block;
+norms outside the blocks to the sub-layer before them, those before all sub-layers to the first.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from mole.registry import ROUTERS, config_dataclass
 from mole.routers.base import MixtureShape
 from mole.routers.float32 import at_least_float32
-from mole.routers.static import StaticConfig, StaticRouter
+from mole.routers.static import StaticConfig, StaticRouter, block_of
 from mole.routing import Frame, Routing
 
 BASE, FLEX = "base", "flex"
@@ -104,17 +105,22 @@ class MultiAdapterRouter(StaticRouter):
                 nn.init.constant_(self.base, start)
 
     def _groups(self) -> dict[str, tuple[int, ...]]:
-        """Set → indices of its sites; each norm goes with the sub-layer before it."""
+        """Set → indices of its sites; each norm goes with a sub-layer."""
         owners = sub_layers(self.sites)
-        found = {f"set_{i:02d}": list(g) for i, g in enumerate(super()._groups_of(owners).values())}
-        index = {site: place for place, site in enumerate(self.sites)}
-        set_of = {owners[place]: name for name, places in found.items() for place in places}
-        members: dict[str, list[int]] = {name: [] for name in found}
-        before = set_of[owners[0]]
-        for site in self.sites:
+        sets = [[owners[place] for place in places] for places in super()._groups_of(owners).values()]
+        set_of = {site: name for name, members in enumerate(sets) for site in members}
+        first_of_block: dict[str, int] = {}
+        for site in owners:
+            first_of_block.setdefault(block_of(site), set_of[site])
+        members: list[list[int]] = [[] for _ in sets]
+        before, block = set_of[owners[0]], ""
+        for place, site in enumerate(self.sites):
+            if block_of(site) != block:
+                block = block_of(site)
+                before = first_of_block.get(block, before)
             before = set_of.get(site, before)
-            members[before].append(index[site])
-        return {name: tuple(places) for name, places in members.items()}
+            members[before].append(place)
+        return {f"set_{number:02d}": tuple(places) for number, places in enumerate(members)}
 
     def forward(self, x: Tensor | None, frame: Frame) -> Routing | tuple[Routing, ...]:
         """→ weights [1, 1, E] with the backbone's own: one routing if all modules share it, else one for each site."""

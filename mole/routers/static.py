@@ -71,6 +71,12 @@ class StaticConfig(Combining, Learning):
         return self.normalise == "softmax" if self.include_base is None else self.include_base
 
 
+def block_of(site: str) -> str:
+    """The path of the repeated block that a module is in; its own outside of one."""
+    match = _BLOCK.match(site)
+    return match.group() if match else site
+
+
 def groups_of(sites: Sequence[str], num_groups: int | None, site: str) -> dict[str, tuple[int, ...]]:
     """Group → indices of its sites: runs of neighbouring blocks (or modules), of near-equal length.
 
@@ -78,8 +84,7 @@ def groups_of(sites: Sequence[str], num_groups: int | None, site: str) -> dict[s
     """
     parts: dict[str, list[int]] = {}
     for index, path in enumerate(sites):
-        match = _BLOCK.match(path) if site == "block" else None
-        parts.setdefault(match.group() if match else path, []).append(index)
+        parts.setdefault(block_of(path) if site == "block" else path, []).append(index)
     if num_groups is None:
         return {name: tuple(members) for name, members in parts.items()}
     if num_groups > len(parts):

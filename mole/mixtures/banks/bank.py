@@ -26,7 +26,8 @@ class Bank(nn.Module):
     [B, T] or `channels` [B, C, *positions], or its `outputs` [B, T, d].
     A bank with an `own_dtype` stays in it when the model moves to another. `combine` and `missing` are those of
     `spend`. `kind` is what its experts are; "" of a bank that holds only a further part of them. `reads_output`: what
-    its experts do goes by the module's own output.
+    its experts do goes by the module's own output. `mixes_base`: it gives the backbone the weight that the routing has
+    for it; else the layer does.
     """
 
     takes = "features"
@@ -35,6 +36,7 @@ class Bank(nn.Module):
     missing = "drop"
     kind = "expert"
     reads_output = False
+    mixes_base = False
 
     def __init__(self, present: Iterable[int], num_experts: int):
         super().__init__()
@@ -175,6 +177,7 @@ class BankOfBanks(nn.Module):
         self.num_experts = self.banks[0].num_experts
         self.present = tuple(sorted({e for bank in self.banks for e in bank.present}))
         self.takes = getattr(self.banks[0], "takes", "features")
+        self.mixes_base = any(bank.mixes_base for bank in self.banks)
 
     def requires_grad_(self, requires_grad: bool = True) -> BankOfBanks:
         for bank in self.banks:

@@ -1,8 +1,8 @@
 """Bottleneck experts at one module: δ_e(z) = s_e (U_e σ_e(D_e z + b_e) + c_e), z the module's output or its input.
 
 Stacked, a = σ(D z + b) of all experts in one product, gated column by column, and y = (a ∘ G) U + G c. Under weights
-that are the same for every token, one expert after another: then each gives bit for bit what it gives alone. Combined by
-parameters, all four tensors are averaged before the non-linearity: that is one bottleneck per token or example.
+that are the same for every token, one expert after another: then each gives bit for bit what it gives alone. Combined
+by parameters, all four tensors are averaged before the non-linearity: that is one bottleneck per token or example.
 """
 
 from __future__ import annotations

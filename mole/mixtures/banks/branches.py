@@ -91,16 +91,17 @@ class Branches(Bank):
     """What both banks of branches share: the members, and the sum over them."""
 
     kind = "bottleneck"
+    mixes_base = True
 
     def __init__(self, members: Mapping[int, Member], num_experts: int):
         super().__init__(members, num_experts)
         self.members = nn.ModuleList([members[e] for e in self.present])
 
     def check_parameters(self) -> None:
-        """Raises ValueError: each branch has a norm of its own, which is not linear."""
+        """Raises ValueError: norms are not linear in what they read."""
         raise ValueError(
-            "combine=parameters: experts at the end of a post-norm sub-layer are mixed as branches, each with its "
-            "norm: use combine=outputs"
+            "combine=parameters: experts at norms, and at sub-layers that a norm closes, are mixed as branches: use "
+            "combine=outputs"
         )
 
     def each(self) -> Iterator[tuple[int, Any]]:
@@ -131,6 +132,11 @@ class Branches(Bank):
 
 class OutputBank(Branches):
     """Branches at the output module of a post-norm block."""
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether an expert has a norm of its own here."""
+        return any(member.has_norm for member in self.members)
 
     def mixed(self, end: Ending, routing: Routing) -> Tensor:
         """y [B, T, d]."""
@@ -175,8 +181,9 @@ class NormBank(Branches):
         self._norm = (base,)  # in a tuple: the backbone owns the module
 
     def forward(self, base_out: Tensor, x: Tensor, routing: Routing) -> Tensor:
-        """`x` [B, T, d] is what the norm reads, `base_out` what the backbone's gives → y."""
-        return self.summed(routing, base_out, lambda member: member.normed(self._norm[0], x))
+        """`x` [B, T, d] is what the norm reads, `base_out` what the backbone's gives, in any leading shape → y."""
+        base = base_out.reshape(x.shape)
+        return self.summed(routing, base, lambda member: member.normed(self._norm[0], x)).reshape(base_out.shape)
 
     def weights(self, expert: int) -> NormWeights | None:  # type: ignore[override]
         """The norm of the expert with that mixture index, as views of the bank; None if it has none here."""

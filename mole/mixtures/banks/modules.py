@@ -28,12 +28,12 @@ class ModuleBank(Bank):
         self.requires_grad_(False)
 
     def forward(self, base_out: Tensor, x: Tensor, routing: Routing) -> Tensor:
-        """`x` is what the module takes; `base_out` [B, T, d]."""
+        """`x` is what the module takes; `base_out` [B, T, d], or [B, d] where it is pooled."""
         weights = self.local_weights(routing)
         out = base_out
         for place, member in enumerate(self.members):
             share = weights[..., place, None] * (member(x).reshape(base_out.shape) - base_out)
-            out = out + share.to(base_out.dtype)
+            out = out + share.to(base_out.dtype).reshape(base_out.shape)
         return out
 
     def check_parameters(self) -> None:
