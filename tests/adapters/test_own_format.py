@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from mole.adapters import Adapter, BottleneckConfig, BottleneckWeights, attach, extract, files, own_format
+from mole.adapters import Adapter, BottleneckWeights, ParallelConfig, attach, extract, files, own_format
 from mole.untrusted import Damaged, Refused
 
 
 @pytest.fixture
 def written(llama):
-    attach(llama, BottleneckConfig(size=3, style="parallel", activation="silu", scale=4.0, dropout=0.1), seed=0)
+    attach(llama, ParallelConfig(size=3, reduction_factor=None, activation="silu", dropout=0.1), seed=0)
     return files.dump(extract(llama), "user/model")
 
 
@@ -39,7 +39,7 @@ DAMAGES = {
     "dropout": (lambda n, t: n.update(dropout=1.5), "dropout is 1.5"),
     "targets": (lambda n, t: n.update(targets=["(a|a)*"]), "targets is"),
     "no modules": (lambda n, t: n.update(modules={}), "modules is"),
-    "a path that climbs": (lambda n, t: n["modules"].update({"../x": {}}), "needs activation"),
+    "a path that climbs": (lambda n, t: n["modules"].update({"../x": {}}), "modules: '../x' is"),
     "a fact too few": (lambda n, t: n["modules"]["model.layers.0.mlp"].pop("scale"), "needs activation"),
     "an unknown activation": (lambda n, t: n["modules"]["model.layers.0.mlp"].update(activation="x"), "activation 'x'"),
     "a scale below 0": (lambda n, t: n["modules"]["model.layers.0.mlp"].update(scale=-1), "scale is"),

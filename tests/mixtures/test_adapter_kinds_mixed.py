@@ -14,8 +14,8 @@ from mole.routing import Routing
 
 SMALL = {"rank": 2, "size": 3, "tokens": 3}
 OPTIONS = {
-    "bottleneck houlsby": {"style": "houlsby", "activation": "gelu", "size": 4},
-    "bottleneck parallel": {"style": "parallel", "scale": 2.0},
+    "houlsby larger": {"activation": "silu", "size": 4, "train_norms": "none"},
+    "parallel smaller": {"size": 2, "scale": "learned"},
     "prefix longer": {"tokens": 5},
     "prompt longer": {"tokens": 5},
 }
@@ -29,6 +29,8 @@ def made(kind, seed=0, dtype=torch.float32):
     name = kind.split()[0]
     config = ADAPTERS[name].config
     fields = {key: value for key, value in SMALL.items() if key in config.__pydantic_fields__}
+    if "reduction_factor" in config.__pydantic_fields__:
+        fields["reduction_factor"] = None
     model = llama(dtype)
     attach(model, config(**{**fields, **OPTIONS.get(kind, {})}), seed=seed)
     generator = torch.Generator().manual_seed(seed + 100)

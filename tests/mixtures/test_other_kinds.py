@@ -11,8 +11,8 @@ from test_adapter_kinds_mixed import KINDS, alone, made
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from mole.adapters import (
-    BottleneckConfig,
     BottleneckWeights,
+    HoulsbyConfig,
     Ia3Config,
     Ia3Weights,
     PrefixConfig,
@@ -65,7 +65,7 @@ def test_a_mixture_of_all_kinds_is_saved_and_loaded_with_equal_logits(ids, tmp_p
 
 
 def test_trained_experts_are_saved_as_they_are_now(ids, tmp_path):
-    adapters = {"factors": made("ia3", 1), "small": made("bottleneck", 2)}
+    adapters = {"factors": made("ia3", 1), "small": made("houlsby", 2)}
     model = MultiExpertModel(llama(), adapters, UniformConfig(), train="experts").eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -77,7 +77,7 @@ def test_trained_experts_are_saved_as_they_are_now(ids, tmp_path):
 
 
 def test_a_mixture_grows_by_experts_of_other_kinds_and_those_there_stay_as_they_are(ids):
-    adapters = {"small": made("bottleneck parallel", 1), "before": made("prefix", 2)}
+    adapters = {"small": made("parallel", 1), "before": made("prefix", 2)}
     model = MultiExpertModel(llama(), adapters, TaskConfig(), tasks={name: (name,) for name in adapters}).eval()
     with torch.no_grad():
         want = {name: model(ids, task_names=[name] * 3).logits for name in adapters}
@@ -296,20 +296,21 @@ def flash():
     return model
 
 
+NESTED = HoulsbyConfig(sites={"attention": r".*\.mlp", "ffn": r".*\.down_proj"})
 REFUSED = {
     "learned positions": (gpt2, PrefixConfig(), "prefixes need rotary positions.*use adapter=prompt"),
     "flash": (flash, PrefixConfig(), "flash_attention_2 takes no mask with weights.*backbone.attention=eager or sdpa"),
     "prompt before an encoder": (t5, PromptConfig(), "prompts are for models .*without an encoder"),
     "prefix in an encoder": (t5, PrefixConfig(), "prefixes are for models .*without an encoder"),
-    "bottleneck by itself": (t5, BottleneckConfig(), "name the modules"),
+    "bottleneck by itself": (t5, HoulsbyConfig(), "where the sub-layers of a t5 end is not known"),
     "ia3 by itself": (t5, Ia3Config(), "name the modules"),
     "ia3 twice": (llama, Ia3Config(targets=("down_proj",)), "among adapter.targets too"),
     "bottleneck at a norm": (
         llama,
-        BottleneckConfig(targets=("model.norm",)),
+        HoulsbyConfig(sites={"ffn": "model.norm"}, train_norms="none"),
         "neither a linear module nor a sub-layer",
     ),
-    "nested": (llama, BottleneckConfig(targets=("mlp", "down_proj")), "is a part of .*mlp, which is adapted too"),
+    "nested": (llama, NESTED, "is a part of .*mlp, which is adapted too"),
 }
 
 

@@ -11,7 +11,7 @@ from test_adapter_kinds_mixed import alone, made
 from mole.mixtures import MultiExpertModel
 from mole.routers import TaskConfig
 
-KINDS = ["ia3", "bottleneck parallel", "prefix", "prompt"]
+KINDS = ["ia3", "houlsby", "parallel", "prefix", "prompt"]
 TASKS = {"one": ("a",), "two": ("b",)}
 NAMES = ["a", "b", "a"]
 
