@@ -15,7 +15,7 @@ from mole.adapters.adapter import Adapter, AdapterLayer
 from mole.adapters.bottleneck import OutputLayer
 from mole.adapters.norm import NormLayer
 from mole.adapters.places import placed, symbolic
-from mole.backbones.modules import replace_module
+from mole.backbones.modules import ALL_LINEAR, replace_module
 from mole.registry import ADAPTERS, unknown
 
 
@@ -42,8 +42,12 @@ def attach(model: nn.Module, config: Any, *, seed: int, trained: Iterable[str] =
     method cannot adapt, or if the model has an adapter already.
     """
     _refuse_second(model)
-    made = {}
+    made, trained = {}, tuple(trained)
     for path, make in ADAPTERS[config.name].implementation(config, model).items():
+        if whole := next((head for head in trained if path == head or path.startswith(f"{head}.")), None):
+            if getattr(config, "targets", None) == ALL_LINEAR:
+                continue
+            raise ValueError(f"{path} is a part of {whole}, which is trained whole: leave it out of adapter.targets")
         digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         made[path] = _named(path, make, generator)

@@ -136,7 +136,7 @@ def run(config: BuildMoe) -> float | None:
     if ratios := flatness(model):
         run.update(flatness=ratios)
     result = None
-    if config.learns:
+    if config.learns or model.trained_modules():
         listener = TrainingForwards(log, config.log_every) if accelerator.is_main_process else None
         model.losses = dict(config.losses)
         model.loss_options = {"over": config.losses_over, "free_bits": config.free_bits}
@@ -204,6 +204,8 @@ def _mixture(config: BuildMoe, backbone: Backbone, experts: dict[str, Expert]) -
             allow_other_backbone=config.allow_other_backbone,
             **mixing,
         )
+    if model.trained_modules() and not config.learns:  # the head alone
+        model.set_trainable(config.train)
     if parts is not None:
         carry(model, parts)
     return model

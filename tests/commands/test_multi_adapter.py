@@ -223,3 +223,14 @@ class TestEvaluate:
         words = ["train-expert", *ON, "dataset=reverse", f"run.folder={tmp_path / 'run'}"]
         assert main(words) == 2
         assert "majority_a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("router", ["xlora", "top_k", "arrow", "uniform"])
+def test_lora_experts_of_an_encoder_are_mixed_under_any_router(tmp_path, router):
+    for task in ("majority_a", "majority_b"):
+        words = [*ON, f"dataset={task}", *FEW, *SHORT, "training.max_steps=2", "training.evaluate_every=null"]
+        place = [f"name={task}", f"library={tmp_path / 'library'}", f"run.folder={tmp_path / task}"]
+        mole("train-expert", *words, "adapter=lora", *place)
+    words = [*ON, "dataset=majority_a", *FEW, *SHORT, "training.max_steps=2", "training.evaluate_every=null"]
+    mole("build-moe", *words, f"router={router}", f"library={tmp_path / 'library'}", f"run.folder={tmp_path / 'run'}")
+    assert facts(tmp_path / "run")["result"]["steps"] == 2  # its head at least is trained
