@@ -184,10 +184,10 @@ class MultiExpertModel(nn.Module, Generation):
         """The backbone's forward with the mixtures at work: its inputs, its output.
 
         `task_names`, `texts` (of the prompts, one per example) and `prompt_mask` (bool [B, T]) are for routers that
-        need them. With a router
-        that needs a routing pass, `past_key_values` of the output is a `TwoStreamCache`. In training, `losses` (name →
-        coefficient) gives the output `auxiliary_loss`, their weighted sum, and `auxiliary_losses`, each by name;
-        `expert_labels` (int64 [B] or [B, T], -100: none) tells the right experts, else the tasks do.
+        need them. With a router that needs a routing pass, `past_key_values` of the output is a `TwoStreamCache`. In
+        training, `losses` (name → coefficient) gives the output `auxiliary_loss`, their weighted sum, and
+        `auxiliary_losses`, each by name; `expert_labels` (int64 [B] or [B, T], -100: none) tells the right experts,
+        else the tasks do.
         """
         given = {
             "input_ids": input_ids,
@@ -213,9 +213,8 @@ class MultiExpertModel(nn.Module, Generation):
             attention_mask=attention_mask,
             prompt_mask=prompt_mask,
         )
-        frame = self.new_frame(seen)
-        frame.goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0
-        frame.logits_to_keep = logits_to_keep
+        goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0
+        frame = replace(self.new_frame(seen), goes_on=goes_on, logits_to_keep=logits_to_keep)
         recording, phase = frame.recording, self.phase(past_key_values, frame)
         with self.context.push(frame):
             pair = route(self, frame, inputs)
@@ -224,11 +223,13 @@ class MultiExpertModel(nn.Module, Generation):
             output.past_key_values = pair
         if recording:
             self.report(frame, phase)
-        if self.training and frame.experts_enabled and (self.losses or frame.penalties):
-            self._add_losses(output, frame, expert_labels)
+        self._add_losses(output, frame, expert_labels)
         return output
 
     def _add_losses(self, output: Any, frame: Frame, labels: Tensor | None) -> None:
+        """In training with experts, where there are any."""
+        if not self.training or not frame.experts_enabled or not (self.losses or frame.penalties):
+            return
         tasks, mask = frame.inputs.task_names, frame.inputs.attention_mask
         labels = labels_of(tasks, self.shape.expert_tasks) if labels is None else labels
         seen, options = frame.seen.values(), self.loss_options
