@@ -142,12 +142,13 @@ class TensorRow:
 
 
 def safetensors_header(
-    data: bytes, what: str, *, dtypes: Mapping[str, int] = FLOATS
+    data: bytes, what: str, *, dtypes: Mapping[str, int] = FLOATS, also: str = ""
 ) -> tuple[dict[str, TensorRow], dict[str, str]]:
     """The rows and the metadata of a safetensors file, checked beyond what its own parser checks.
 
     No duplicate name, at most 20,000 tensors, only `dtypes` (name → bytes), at most four dimensions and none of them
-    zero, offsets that cover the file without hole or overlap. Raises Damaged or Refused, naming `what`.
+    zero, offsets that cover the file without hole or overlap. `also` are characters that names may have beside letters,
+    digits, '_', '.', '-'. Raises Damaged or Refused, naming `what`.
     """
     if len(data) < 8:
         raise Damaged(f"{what}: not a safetensors file ({len(data)} bytes)")
@@ -162,7 +163,7 @@ def safetensors_header(
         raise Damaged(f"{what}: the metadata are not strings")
     if len(header) > MAX_TENSORS:
         raise Refused(f"{what}: {len(header):,} tensors; at most {MAX_TENSORS:,} are taken")
-    rows = {name: _row(name, row, what, dtypes) for name, row in header.items()}
+    rows = {name: _row(name, row, what, dtypes, also) for name, row in header.items()}
     place = 0
     for name, row in sorted(rows.items(), key=lambda item: (item[1].begin, item[1].end)):
         if row.begin != place:
@@ -173,9 +174,9 @@ def safetensors_header(
     return rows, metadata
 
 
-def _row(name: str, row: Any, what: str, dtypes: Mapping[str, int]) -> TensorRow:
+def _row(name: str, row: Any, what: str, dtypes: Mapping[str, int], also: str) -> TensorRow:
     where = f"{what}: tensor {shown(name)}"
-    if not _TENSOR_NAME.fullmatch(name):
+    if not _TENSOR_NAME.fullmatch(name.translate(dict.fromkeys(map(ord, also), "_"))):
         raise Refused(f"{where}: the name has other characters than letters, digits, '_', '.', '-'")
     if not isinstance(row, dict) or set(row) != {"dtype", "shape", "data_offsets"}:
         raise Damaged(f"{where}: its row in the header is malformed")
@@ -195,7 +196,9 @@ def _whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
 
 
-def safetensors_tensors(data: bytes, what: str, *, dtypes: Mapping[str, int] = FLOATS) -> dict[str, Tensor]:
+def safetensors_tensors(
+    data: bytes, what: str, *, dtypes: Mapping[str, int] = FLOATS, also: str = ""
+) -> dict[str, Tensor]:
     """The tensors of a safetensors file, by name and in the order of names; header and values are checked.
 
     Raises Damaged or Refused as `safetensors_header` does, and Damaged for a value that is not finite.
@@ -204,7 +207,7 @@ def safetensors_tensors(data: bytes, what: str, *, dtypes: Mapping[str, int] = F
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    safetensors_header(data, what, dtypes=dtypes)
+    safetensors_header(data, what, dtypes=dtypes, also=also)
     try:
         tensors = load(data)
     except SafetensorError as error:

@@ -28,7 +28,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 class Form:
     """How an expert leaves: `dtype` of the tensors (None: as they are), with its `card` or not.
 
-    `model_type` and `width` (features of hidden states) of the backbone are for AdapterHub's folders.
+    `model_type`, `width` (features of hidden states) and `num_layers` (None: up to the last block with a bottleneck) of
+    the backbone, and `allow_partial` (leave out what has no place there) are for AdapterHub's folders.
     """
 
     format: str = "peft"
@@ -36,6 +37,8 @@ class Form:
     card: bool = False
     model_type: str | None = None
     width: int | None = None
+    num_layers: int | None = None
+    allow_partial: bool = False
 
 
 def export(expert: Expert, name: str, dest: str | Path, form: Form) -> None:
@@ -57,7 +60,7 @@ def export(expert: Expert, name: str, dest: str | Path, form: Form) -> None:
 
 def files_of(expert: Expert, name: str, form: Form) -> dict[str, bytes]:
     """The files of the exported expert, name → bytes. Raises LibraryError."""
-    from mole.adapters import adapterhub_format, own_format, peft_format
+    from mole.adapters import own_format, peft_format
     from mole.adapters.normalised import normalised
 
     if form.format not in FORMATS[:-1]:
@@ -66,9 +69,7 @@ def files_of(expert: Expert, name: str, form: Form) -> dict[str, bytes]:
     backbone = expert.card.backbone.name
     try:
         if form.format == "adapterhub":
-            if form.model_type is None or form.width is None:
-                raise LibraryError("format=adapterhub wants the backbone's model_type and width: model_type=… width=…")
-            files = adapterhub_format.dump(adapter, name, backbone, form.model_type, form.width)
+            files = _adapterhub(adapter, name, expert.card, form)
         else:
             if not peft_format.has_place_for(adapter.method):
                 raise LibraryError(
@@ -83,6 +84,38 @@ def files_of(expert: Expert, name: str, form: Form) -> dict[str, bytes]:
     except ValueError as error:
         raise LibraryError(f"{name}: {error}") from None
     return {**files, **_about(expert.card, adapter, files, form)}
+
+
+def _adapterhub(adapter: Adapter, name: str, card: Card, form: Form) -> dict[str, bytes]:
+    """The files of the bottlenecks, and those of a head. Raises LibraryError, and ValueError for what has no place."""
+    from mole.adapters import adapterhub_format, adapterhub_heads
+
+    if form.model_type is None or form.width is None:
+        raise LibraryError("format=adapterhub wants the backbone's model_type and width: model_type=… width=…")
+    if (lost := _without_place(adapter, form.model_type)) and not form.allow_partial:
+        raise ValueError(f"format=adapterhub has no place for {', '.join(lost)}: allow_partial=true leaves them out")
+    target = adapterhub_format.Target(form.model_type, form.width, form.num_layers)
+    backbone = card.backbone.name
+    files = adapterhub_format.dump(adapterhub_format.holdable(adapter)[0], name, backbone, target)
+    head, _ = adapterhub_heads.has_place(adapter.full_modules, form.model_type)
+    if head:
+        labels = tuple(card.head["labels"]) if card.head else None
+        files |= adapterhub_heads.dump(head, name, backbone, target, labels)
+    return files
+
+
+def _without_place(adapter: Adapter, model_type: str) -> tuple[str, ...]:
+    from mole.adapters import adapterhub_format, adapterhub_heads
+
+    others = adapterhub_heads.has_place(adapter.full_modules, model_type)[1]
+    return (*adapterhub_format.holdable(adapter)[1], *others)
+
+
+def left_out(expert: Expert, form: Form) -> tuple[str, ...]:
+    """What of an expert is not in its files in that form, with allow_partial."""
+    if form.format != "adapterhub" or form.model_type is None:
+        return ()
+    return _without_place(expert.adapter, form.model_type)
 
 
 def _about(card: Card, adapter: Adapter, files: Mapping[str, bytes], form: Form) -> dict[str, bytes]:

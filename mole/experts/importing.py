@@ -39,7 +39,6 @@ PEFT_WEIGHTS, HUB_WEIGHTS = "adapter_model.safetensors", ("adapter.safetensors",
 CONFIG, SOURCE, HEAD, HEAD_WEIGHTS = "adapter_config.json", "source.json", "head_config.json", "model_head.safetensors"
 FUSIONS = ("adapter_fusion_config.json", "model_adapter_fusion.safetensors", "adapter_setup.json")
 _MOST_ENTRIES = 1000
-_HEAD = re.compile(r"((?:classifier|score|qa_outputs|pooler)(?:\.[A-Za-z0-9_]+)*)\.(weight|bias)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ class _Found:
     backbone: str | None = None
     notices: tuple[str, ...] = ()
     name: str | None = None
+    head: dict[str, Any] | None = None  # as a card tells of it
 
 
 def import_expert(source: str | Path, *, layout: str = "auto", hints: Hints | None = None, **facts: Any) -> Expert:
@@ -106,6 +106,8 @@ def expert_of(source: Source, *, layout: str = "auto", hints: Hints, lenient: bo
         "content": source.digest(),
     }
     facts["derived_from"] = [row, *facts.get("derived_from", [])]
+    if found.head is not None:
+        facts.setdefault("head", found.head)
     if (pickle := _pickle_digest(source)) is not None:
         facts["extra"] = {"pickle_sha256": pickle, **facts.get("extra", {})}
     return Expert(describe(found.adapter, BackboneRef(backbone), **facts), found.adapter)
@@ -137,7 +139,10 @@ def wanted(names: list[str], where: str) -> list[str]:
         raise LibraryError(f"{where} holds an expert with its card: mole library add takes it as it is")
     for name in FUSIONS:
         if name in names:
-            raise Refused(f"{where}: {name}: a composition of several adapters is no expert; import each of them")
+            raise Refused(
+                f"{where}: {name}: a composition of several adapters is no expert; import each of them, and train "
+                "router=adapter_fusion over them, from a fusion's folder with router.from_folder=…"
+            )
     weights = [name for name in names if name.endswith(".safetensors") and name != HEAD_WEIGHTS]
     if not weights:
         pickles = [name for name in names if Path(name).suffix.lower() in PICKLES]
@@ -239,31 +244,27 @@ def _adapterhub(source: Source, hints: Hints) -> _Found:
 
     weights, _ = _weights(source)
     found = adapterhub_format.parse(_config(source), weights, source.where, alpha=hints.alpha)
-    adapter, notices = found.adapter, ()
-    if HEAD in source.named and not hints.heads:
+    adapter, notices, head = found.adapter, (), None
+    if hints.heads:
+        adapter, head = _with_head(adapter, source)
+    elif HEAD_WEIGHTS in source.files:
         notices = ("its head is left out; heads=true takes it along",)
-    elif hints.heads:
-        adapter = _with_head(adapter, source)
-    return _Found(adapter, found.backbone, notices, found.name)
+    return _Found(adapter, found.backbone, notices, found.name, head)
 
 
-def _with_head(adapter: Adapter, source: Source) -> Adapter:
-    """The adapter with the head beside it, as whole modules of the backbone."""
-    from mole.untrusted import safetensors_tensors
+def _with_head(adapter: Adapter, source: Source) -> tuple[Adapter, dict[str, Any] | None]:
+    """The adapter with the head beside it, as whole modules of the backbone, and what a card says of the head."""
+    from mole.adapters import adapterhub_heads
 
-    if HEAD_WEIGHTS not in source.files:
-        raise LibraryError(f"heads=true, and {source.where} has no {HEAD_WEIGHTS}")
-    full: dict[str, dict[str, Any]] = {}
-    for name, tensor in safetensors_tensors(source.files[HEAD_WEIGHTS], f"{source.where}/{HEAD_WEIGHTS}").items():
-        match = _HEAD.fullmatch(name)
-        if match is None:
-            raise Refused(
-                f"{source.where}/{HEAD_WEIGHTS}: tensor {shown(name)} is of a head that the backbone's own class has "
-                "not; only classifier, score, qa_outputs and pooler are taken"
-            )
-        full.setdefault(match[1], {})[match[2]] = tensor
-    names = tuple(dict.fromkeys(path.split(".")[0] for path in full))
-    return replace(adapter, full_modules=full, full_names=names)
+    for name in (HEAD, HEAD_WEIGHTS):
+        if name not in source.files:
+            raise LibraryError(f"heads=true, and {source.where} has no {name}")
+    found = adapterhub_heads.parse(source.files[HEAD], source.files[HEAD_WEIGHTS], source.where)
+    names = tuple(dict.fromkeys(path.rpartition(".")[2] for path in found.modules))
+    adapter = replace(adapter, task_type="SEQ_CLS", full_modules=found.modules, full_names=names)
+    if found.labels is None:
+        return adapter, None
+    return adapter, {"type": "classification" if found.labels else "regression", "labels": list(found.labels)}
 
 
 def _nlpr(source: Source, hints: Hints) -> _Found:

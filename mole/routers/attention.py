@@ -44,11 +44,13 @@ class AttentionConfig(Combining, Learning):
 class AdapterFusionConfig(AttentionConfig):
     """AdapterFusion over bottlenecks: attention at every site. `norms` of experts that trained some: refuse, or base.
 
-    The mix goes through the backbone's norm: an expert's own norm would count for nothing.
+    The mix goes through the backbone's norm: an expert's own norm would count for nothing. `from_folder` a fusion that
+    AdapterHub trained over the same experts, which the routers start from.
     """
 
     name: Literal["adapter_fusion"] = "adapter_fusion"  # type: ignore[assignment]
     norms: Literal["refuse", "base"] = "refuse"
+    from_folder: str | None = None
 
 
 @ROUTERS.register("adapter_fusion", AdapterFusionConfig)

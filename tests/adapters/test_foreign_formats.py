@@ -1,18 +1,22 @@
 """Other programs' files: what they hold is put on a backbone and compared with their own formulas, written out."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save
 from torch.nn import functional as F
-from transformers import BertConfig, BertModel
+from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from mole.adapters import Adapter, BottleneckWeights, LoraWeights, attach_weights, files
-from mole.adapters import adapterhub_format as adapterhub
+from mole.adapters import Adapter, BottleneckWeights, LoraWeights, NormWeights, attach_weights, files
 from mole.adapters import loralib_format as loralib
 from mole.adapters import nlpr_format as nlpr
 from mole.adapters.normalised import normalised
+from mole.backbones.modules import replace_module
+from mole.mixtures import MultiExpertModel
+from mole.routers import SingleConfig
 from mole.untrusted import Damaged, Refused
 
 
@@ -70,200 +74,94 @@ class TestLoralib:
             loralib.parse(save(tensors), "x", alpha=1.0, blocks=(True, True, True))
 
 
-BOTTLENECK = {
-    "adapter_residual_before_ln": False,
-    "cross_adapter": False,
-    "dropout": 0.0,
-    "init_weights": "bert",
-    "inv_adapter": None,
-    "is_parallel": False,
-    "leave_out": [],
-    "ln_after": False,
-    "ln_before": False,
-    "mh_adapter": True,
-    "non_linearity": "swish",
-    "original_ln_after": True,
-    "original_ln_before": False,
-    "output_adapter": True,
-    "phm_layer": False,
-    "reduction_factor": 8,
-    "residual_before_ln": True,
-    "scaling": 1.5,
-    "use_gating": False,
-}
-LORA = {"architecture": "lora", "alpha": 16, "attn_matrices": ["q", "v"], "composition_mode": "add", "r": 2}
-HUB = {"hidden_size": 16, "model_name": "user/llama", "model_type": "llama", "name": "sst", "version": "adapters.1.2.0"}
-
-
-def bottleneck_tensors(homes, width=16, size=2):
-    found = {}
-    for place, home in enumerate(homes):
-        shapes = {"adapter_down.0.weight": (size, width), "adapter_down.0.bias": (size,)}
-        shapes |= {"adapter_up.weight": (width, size), "adapter_up.bias": (width,)}
-        found |= {f"{home}.adapters.sst.{name}": random(*shape, seed=place) for name, shape in shapes.items()}
-    return found
-
-
-def hub_folder(fields, tensors, **changes):
-    return json.dumps({**HUB, **changes, "config": fields}).encode(), save(tensors)
-
-
-class TestAdapterHub:
-    def test_a_bottleneck_gives_the_formulas_output(self, llama, tokens):
-        homes = [f"model.layers.{n}.{name}_adapters" for n in range(2) for name in ("attention", "output")]
-        tensors = bottleneck_tensors(homes)
-        found = adapterhub.parse(*hub_folder(BOTTLENECK, tensors), "x")
-        assert (found.backbone, found.name, found.adapter.method) == ("user/llama", "sst", "bottleneck")
-        with torch.no_grad():
-            plain = llama(tokens).logits
-            hooks = []
-            for home in homes:
-                layer, kind = home.split(".")[2], home.split(".")[3]
-                path = f"model.layers.{layer}." + (
-                    "self_attn.o_proj" if kind == "attention_adapters" else "mlp.down_proj"
-                )
-                D, b, U, c = (
-                    tensors[f"{home}.adapters.sst.{name}"]
-                    for name in ("adapter_down.0.weight", "adapter_down.0.bias", "adapter_up.weight", "adapter_up.bias")
-                )
-
-                def add(module, inputs, h, D=D, b=b, U=U, c=c):
-                    return h + 1.5 * (F.silu(h @ D.T + b) @ U.T + c)
-
-                hooks.append(llama.get_submodule(path).register_forward_hook(add))
-            wanted = llama(tokens).logits
-            for hook in hooks:
-                hook.remove()
-            attach_weights(llama, found.adapter)
-            torch.testing.assert_close(llama(tokens).logits, wanted)
-            assert not torch.allclose(wanted, plain, atol=1e-2)
-
-    def test_the_places_in_an_encoder_are_modules_of_it(self):
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
-        model = BertModel(BertConfig(vocab_size=32, **sizes))
-        tensors = bottleneck_tensors(["encoder.layer.0.attention.output", "encoder.layer.0.output"])
-        found = adapterhub.parse(*hub_folder(BOTTLENECK, tensors, model_type="bert"), "x")
-        assert list(found.adapter.modules) == ["encoder.layer.0.attention.output.dense", "encoder.layer.0.output.dense"]
-        attach_weights(model, found.adapter)
-
-    @pytest.mark.parametrize("named", ["double_seq_bn", "houlsby"])
-    def test_a_config_by_name_is_that_of_the_name(self, named):
-        found = adapterhub.parse(*hub_folder(named, bottleneck_tensors(["model.layers.0.output_adapters"])), "x")
-        (part,) = found.adapter.modules.values()
-        assert (part.activation, part.scale) == ("silu", 1.0)
-
-    def test_a_lora_is_read_with_its_scale(self):
-        home = "model.layers.0.self_attn.q_proj.loras.sst"
-        tensors = {f"{home}.lora_A": random(2, 16), f"{home}.lora_B": random(16, 2)}
-        adapter = adapterhub.parse(*hub_folder(LORA, tensors), "x").adapter
-        assert {path: part.scale for path, part in adapter.modules.items()} == {"model.layers.0.self_attn.q_proj": 8.0}
-
-    def test_a_merged_lora_of_gpt2_adapts_the_blocks_that_its_config_names(self):
-        home = "transformer.h.0.attn.c_attn.loras.sst"
-        tensors = {f"{home}.lora_A": random(4, 16), f"{home}.lora_B": random(32, 2)}
-        adapter = adapterhub.parse(*hub_folder(LORA, tensors, model_type="gpt2"), "x").adapter
-        (part,) = adapter.modules.values()
-        assert (part.B.shape, part.scale) == ((48, 4), 8.0)
-        assert (part.B[16:32] == 0).all()
-        assert adapter.fan_in_fan_out
-
-    @pytest.mark.parametrize("version", [None, "3.2.1", "adapters.0.9.9", "adapters.1.0.1"])
-    def test_the_scale_of_an_old_lora_has_to_be_given(self, version):
-        home = "model.layers.0.self_attn.q_proj.loras.sst"
-        folder = hub_folder(LORA, {f"{home}.lora_A": random(2, 16), f"{home}.lora_B": random(16, 2)}, version=version)
-        with pytest.raises(Refused, match="say the one of the training with alpha"):
-            adapterhub.parse(*folder, "x")
-        (part,) = adapterhub.parse(*folder, "x", alpha=6.0).adapter.modules.values()
-        assert part.scale == 3.0
-
-    @pytest.mark.parametrize(
-        ("change", "told"),
-        [
-            ({"original_ln_before": True}, "original_ln_before .* reads other values"),
-            ({"is_parallel": True}, "is_parallel .* reads other values"),
-            ({"ln_before": True}, "ln_before is True"),
-            ({"ln_after": True}, "ln_after is True"),
-            ({"use_gating": True}, "use_gating is True"),
-            ({"phm_layer": True}, "phm_layer is True"),
-            ({"inv_adapter": "nice"}, "inv_adapter is 'nice'"),
-            ({"residual_before_ln": "post_add"}, "residual_before_ln"),
-            ({"scaling": "learned"}, "scaling is 'learned'"),
-            ({"non_linearity": "leakyrelu"}, "non_linearity"),
-            ({"architecture": "prefix_tuning"}, "architecture 'prefix_tuning'"),
-            ({"surprise": 1}, "surprise is set to 1"),
-            ({"dropout": 1.0}, "dropout is 1.0"),
-        ],
-        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-    )
-    def test_a_field_that_changes_the_maths_is_named(self, change, told):
-        tensors = bottleneck_tensors(["model.layers.0.output_adapters"])
-        with pytest.raises(Refused, match=told):
-            adapterhub.parse(*hub_folder({**BOTTLENECK, **change}, tensors), "x")
-
-    @pytest.mark.parametrize(
-        "named", ["seq_bn", "pfeiffer", "par_bn", "compacter", "double_seq_bn[reduction_factor=2]"]
-    )
-    def test_a_config_by_another_name_is_refused(self, named):
-        with pytest.raises(Refused, match="config"):
-            adapterhub.parse(*hub_folder(named, bottleneck_tensors(["model.layers.0.output_adapters"])), "x")
-
-    @pytest.mark.parametrize(
-        ("homes", "changes", "told"),
-        [
-            (["model.layers.0.elsewhere"], {}, "is at no place of a llama"),
-            (["model.layers.0.output_adapters"], {"model_type": "gpt_neox"}, "known: bert"),
-            (["model.layers.0.output_adapters"], {"model_type": None}, "model_type is None"),
-        ],
-    )
-    def test_tensors_at_no_place_of_the_backbone_are_told(self, homes, changes, told):
-        with pytest.raises(Refused, match=told):
-            adapterhub.parse(*hub_folder(BOTTLENECK, bottleneck_tensors(homes), **changes), "x")
-
-    def test_tensors_of_two_adapters_are_refused(self):
-        tensors = bottleneck_tensors(["model.layers.0.output_adapters"])
-        tensors |= {name.replace(".sst.", ".mrpc."): tensor.clone() for name, tensor in tensors.items()}
-        with pytest.raises(Refused, match="several adapters"):
-            adapterhub.parse(*hub_folder(BOTTLENECK, tensors), "x")
-
-    @pytest.mark.parametrize("model_type", ["llama", "bert", "gpt2"])
-    def test_what_is_written_is_read_bit_for_bit(self, model_type):
-        sites = adapterhub.SITES[model_type]
-        tensors = bottleneck_tensors([f"model.layers.{n}.{end}" for n in range(2) for end in sites])
-        made = adapterhub.parse(*hub_folder(BOTTLENECK, tensors, model_type=model_type), "x").adapter
-        written = adapterhub.dump(made, "sst", "user/model", model_type, 16)
-        again = adapterhub.parse(written[adapterhub.CONFIG], written[adapterhub.WEIGHTS], "y")
-        assert again.backbone == "user/model"
-        assert again.adapter.tensors().keys() == made.tensors().keys()
-        assert all(torch.equal(again.adapter.tensors()[n], t) for n, t in made.tensors().items())
-        assert written == adapterhub.dump(again.adapter, "sst", "user/model", model_type, 16)
-
-
 def nlpr_tensors():
     found = {}
     for home in ("roberta.encoder.layer.0.attention.output", "roberta.encoder.layer.0.output"):
         shapes = {"down_project.weight": (3, 8), "down_project.bias": (3,)}
         shapes |= {"up_project.weight": (8, 3), "up_project.bias": (8,)}
         found |= {f"{home}.adapter.{name}": random(*shape) for name, shape in shapes.items()}
-        found |= {f"{home}.LayerNorm.weight": random(8), f"{home}.LayerNorm.bias": random(8)}
-    found |= {"roberta.pooler.dense.weight": random(8, 8), "classifier.weight": random(2, 8)}
-    return found
+        found |= {f"{home}.LayerNorm.weight": random(8), f"{home}.LayerNorm.bias": random(8, seed=1)}
+    found |= {"roberta.embeddings.LayerNorm.weight": random(8, seed=2), "roberta.embeddings.LayerNorm.bias": random(8)}
+    found |= {"roberta.pooler.dense.weight": random(8, 8), "roberta.pooler.dense.bias": random(8)}
+    return found | {"classifier.weight": random(2, 8), "classifier.bias": random(2)}
+
+
+class Pooled(RobertaForSequenceClassification):
+    """nlpr's model: the pooler's output goes into one linear map."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.roberta = RobertaModel(config, add_pooling_layer=True)
+        self.classifier = torch.nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, input_ids, **inputs):
+        return SequenceClassifierOutput(logits=self.classifier(self.roberta(input_ids, **inputs).pooler_output))
+
+
+def roberta():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return Pooled(RobertaConfig(vocab_size=32, max_position_embeddings=16, initializer_range=0.3, **sizes)).eval()
+
+
+class NlprOutput(torch.nn.Module):
+    """LN(h + u(h) + x), h what the sub-layer gives."""
+
+    def __init__(self, base, own):
+        super().__init__()
+        self.base, self.own = base, own
+
+    def forward(self, hidden_states, input_tensor):
+        h, own = self.base.dense(hidden_states), self.own
+        hidden = F.gelu(h @ own["down_project.weight"].T + own["down_project.bias"])
+        return self.base.LayerNorm(h + hidden @ own["up_project.weight"].T + own["up_project.bias"] + input_tensor)
+
+
+def shifted(part):
+    """The same with other numbers."""
+    return replace(part, **{name: tensor + 0.5 for name, tensor in part.tensors().items()})
 
 
 class TestNlpr:
-    def test_bottlenecks_and_the_modules_trained_along_are_told_apart(self):
+    def test_bottlenecks_norms_and_the_modules_trained_along_are_told_apart(self):
         adapter = nlpr.parse(save(nlpr_tensors()), "x")
-        assert list(adapter.modules) == [
-            "roberta.encoder.layer.0.attention.output.dense",
-            "roberta.encoder.layer.0.output.dense",
-        ]
-        assert {part.rank for part in adapter.modules.values()} == {3}
-        assert adapter.full_names == ("LayerNorm", "pooler", "classifier")
-        assert set(adapter.full_modules) == {
-            "roberta.encoder.layer.0.attention.output.LayerNorm",
-            "roberta.encoder.layer.0.output.LayerNorm",
-            "roberta.pooler.dense",
-            "classifier",
+        homes = ["roberta.encoder.layer.0.attention.output", "roberta.encoder.layer.0.output"]
+        norms = [*(f"{home}.LayerNorm" for home in homes), "roberta.embeddings.LayerNorm"]
+        assert set(adapter.modules) == {*homes, *norms}
+        small = [adapter.modules[home] for home in homes]
+        assert {(part.rank, part.reads, part.activation) for part in small} == {(3, "h", "gelu")}
+        assert all(isinstance(adapter.modules[path], NormWeights) for path in norms)
+        assert adapter.full_names == ("pooler", "classifier")
+        assert {path: set(parts) for path, parts in adapter.full_modules.items()} == {
+            "roberta.pooler": {"dense.weight", "dense.bias"},
+            "classifier": {"weight", "bias"},
         }
+
+    def test_alone_and_one_hot_in_a_mixture_they_give_the_formulas_output(self):
+        tensors, tokens = nlpr_tensors(), torch.arange(10).reshape(2, 5)
+        adapter = nlpr.parse(save(tensors), "x")
+        with torch.no_grad():
+            plain = roberta()
+            before = plain(tokens).logits
+            for name, parameter in plain.named_parameters():
+                if name in tensors:
+                    parameter.copy_(tensors[name])
+            for home in ("attention.output", "output"):
+                path = f"roberta.encoder.layer.0.{home}"
+                own = {name.removeprefix(f"{path}.adapter."): t for name, t in tensors.items() if f"{path}.ad" in name}
+                replace_module(plain, path, NlprOutput(plain.get_submodule(path), own))
+            wanted = plain(tokens).logits
+            assert not torch.allclose(wanted, before, atol=1e-2)
+
+            alone = roberta()
+            attach_weights(alone, adapter)
+            torch.testing.assert_close(alone.eval()(tokens).logits, wanted)
+
+            other = replace(adapter, modules={path: shifted(part) for path, part in adapter.modules.items()})
+            mixture = MultiExpertModel(
+                roberta(), {"rte": adapter, "other": other}, SingleConfig(expert="rte"), modules_to_save="take:rte"
+            )
+            assert torch.equal(mixture.eval()(tokens).logits, alone(tokens).logits)
 
     def test_they_survive_an_experts_files(self):
         adapter = nlpr.parse(save(nlpr_tensors()), "x")
@@ -277,9 +175,10 @@ class TestNlpr:
         [
             ({"roberta.encoder.layer.0.output.dense.weight": (8, 8)}, Refused),
             ({"roberta.encoder.layer.1.output.adapter.down_project.weight": (3, 8)}, Damaged),
+            ({"roberta.encoder.layer.1.output.LayerNorm.weight": (8,)}, Damaged),
         ],
     )
-    def test_the_whole_model_and_half_a_bottleneck_are_told(self, change, error):
+    def test_the_whole_model_half_a_bottleneck_and_half_a_norm_are_told(self, change, error):
         tensors = {**nlpr_tensors(), **{name: random(*shape) for name, shape in change.items()}}
         with pytest.raises(error, match="only what was trained is wanted|has no tensor"):
             nlpr.parse(save(tensors), "x")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mole.adapters import Adapter, LoraWeights, peft_format
+from mole.adapters import Adapter, BottleneckWeights, LoraWeights, NormWeights, peft_format
 from mole.cli.main import main
 from mole.experts import BackboneRef, Expert, ExpertLibrary, describe
 
@@ -151,3 +151,101 @@ def test_export_with_dry_run_says_what_it_would_write(mole, tmp_path):
     assert out.startswith("would write law, revision")
     assert "(adapter_config.json, adapter_model.safetensors, README.md)" in out
     assert not (tmp_path / "out").exists()
+
+
+def bottlenecks(path="bert.encoder.layer"):
+    """An expert for a BERT of two blocks: both sub-layers, all norms, pooler and classifier."""
+    generator = torch.Generator().manual_seed(3)
+    modules = {}
+    for n in range(2):
+        for end in ("attention.output", "output"):
+            shapes = ((2, 8), (2,), (8, 2), (8,))
+            parts = [torch.randn(*shape, generator=generator) for shape in shapes]
+            modules[f"{path}.{n}.{end}"] = BottleneckWeights(*parts, activation="gelu", reads="h")
+            norm = [torch.randn(8, generator=generator) for _ in range(2)]
+            modules[f"{path}.{n}.{end}.LayerNorm"] = NormWeights(*norm)
+    head = {
+        "bert.pooler": {
+            "dense.weight": torch.randn(8, 8, generator=generator),
+            "dense.bias": torch.randn(8, generator=generator),
+        },
+        "classifier": {
+            "weight": torch.randn(2, 8, generator=generator),
+            "bias": torch.randn(2, generator=generator),
+        },
+    }
+    return Adapter("bottleneck", modules, task_type="SEQ_CLS", full_modules=head, full_names=("pooler", "classifier"))
+
+
+@pytest.fixture
+def rte(mole):
+    head = {"type": "classification", "labels": ["entailment", "not_entailment"]}
+    card = describe(bottlenecks(), BackboneRef("user/bert"), head=head, tasks=["rte"])
+    ExpertLibrary.open("lib").add_expert(Expert(card, bottlenecks()), "rte")
+    return ("lib", "rte", "out", "format=adapterhub", "model_type=bert", "width=8")
+
+
+def test_norms_have_no_place_in_adapterhubs_folder_and_are_left_out_on_request(mole, rte, tmp_path):
+    code, out, err = mole("export", *rte)
+    assert (code, out) == (2, "")
+    assert "no place for 4 trained norms: allow_partial=true leaves them out" in err
+    assert not (tmp_path / "out").exists()
+    code, out, _ = mole("export", *rte, "allow_partial=true")
+    revision = ExpertLibrary.open("lib").card("rte").revision[:8]
+    assert (code, out) == (0, f"wrote rte, revision {revision}, as adapterhub to out without 4 trained norms\n")
+    assert left(tmp_path / "out") == {
+        "README.md",
+        "adapter.safetensors",
+        "adapter_config.json",
+        "head_config.json",
+        "model_head.safetensors",
+    }
+
+
+def test_bottlenecks_and_head_come_back_from_adapterhubs_folder_as_they_were(mole, rte):
+    assert mole("export", *rte, "allow_partial=true")[0] == 0
+    assert mole("import", "out", "lib", "name=again", "heads=true")[0] == 0
+    card, first = ExpertLibrary.open("lib").card("again"), ExpertLibrary.open("lib")["rte"].adapter.tensors()
+    assert card.head == {"type": "classification", "labels": ["entailment", "not_entailment"]}
+    assert card.backbone.name == "user/bert"
+    again = ExpertLibrary.open("lib")["again"].adapter.tensors()
+    assert again.keys() == {name for name in first if "LayerNorm" not in name}
+    assert all(torch.equal(tensor, first[name]) for name, tensor in again.items())
+    assert mole("export", "lib", "again", "twice", *rte[3:])[0] == 0
+    assert mole("import", "twice", "lib", "name=again", "heads=true")[1].startswith("unchanged: again")
+
+
+def test_a_head_stays_where_it_is_unless_it_is_asked_for(mole, rte):
+    mole("export", *rte, "allow_partial=true")
+    assert mole("import", "out", "lib", "name=again")[0] == 0
+    library = ExpertLibrary.open("lib")
+    assert library.card("again").head is None
+    assert not library["again"].adapter.full_modules
+
+
+def test_a_head_that_is_not_there_and_one_that_has_no_place_are_told(mole, rte, tmp_path):
+    mole("export", *rte, "allow_partial=true")
+    (tmp_path / "out" / "model_head.safetensors").unlink()
+    code, _, err = mole("import", "out", "lib", "name=again", "heads=true")
+    assert code == 2
+    assert "heads=true, and out has no model_head.safetensors" in err
+    err = mole("export", *rte[:2], "other", rte[3], "model_type=roberta", "width=8")[2]
+    assert "no place for 4 trained norms, bert.pooler, classifier" in err
+
+
+def test_blocks_that_the_expert_leaves_out_are_in_the_config(mole, rte, tmp_path):
+    assert mole("export", *rte, "allow_partial=true", "num_layers=4", "dry_run=true")[0] == 0
+    assert mole("export", *rte, "allow_partial=true", "num_layers=4")[0] == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["config"]
+    assert config["leave_out"] == [2, 3]
+    assert "allow_partial are for format=adapterhub" in mole("export", "lib", "rte", "x", "allow_partial=true")[2]
+
+
+def test_a_fusion_is_no_expert_and_the_way_it_is_used_is_told(mole, tmp_path):
+    (tmp_path / "fused").mkdir()
+    for name in ("adapter_fusion_config.json", "model_adapter_fusion.safetensors"):
+        (tmp_path / "fused" / name).write_bytes(b"{}")
+    code, _, err = mole("import", "fused", "lib")
+    assert code == 2
+    assert "router=adapter_fusion" in err
+    assert "router.from_folder" in err

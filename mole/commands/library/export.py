@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mole.commands.library.opening import open_library
-from mole.experts.exporting import Form, export, export_map, files_of
+from mole.experts.exporting import Form, export, export_map, files_of, left_out
 from mole.experts.filters import keep
 from mole.registry import config_dataclass
 
@@ -24,6 +24,8 @@ class LibraryExport:
     card: bool = False
     model_type: str | None = None
     width: Annotated[int, Field(ge=1)] | None = None
+    num_layers: Annotated[int, Field(ge=1)] | None = None
+    allow_partial: bool = False
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -33,8 +35,9 @@ class LibraryExport:
             problems.append("name: several experts are exported as format=adapter-weights alone")
         if many and (self.revision or self.dtype or self.card):
             problems.append("format=adapter-weights writes addresses: revision, dtype and card are for folders")
-        if (self.model_type or self.width) and self.format != "adapterhub":
-            problems.append("model_type and width are for format=adapterhub")
+        for_hub = self.model_type or self.width or self.num_layers or self.allow_partial
+        if for_hub and self.format != "adapterhub":
+            problems.append("model_type, width, num_layers and allow_partial are for format=adapterhub")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -51,8 +54,11 @@ def run(config: LibraryExport) -> None:
     else:
         assert isinstance(config.name, str)
         expert = library.get_expert(config.name, config.revision)
-        form = Form(config.format, config.dtype, config.card, config.model_type, config.width)
+        fields = ("format", "dtype", "card", "model_type", "width", "num_layers", "allow_partial")
+        form = Form(**{field: getattr(config, field) for field in fields})
         told = f"{config.name}, revision {expert.revision[:8]}, as {config.format} to {dest}"
+        if config.allow_partial and (lost := left_out(expert, form)):
+            told += f" without {', '.join(lost)}"
         if config.dry_run:
             told += f" ({', '.join(files_of(expert, config.name, form))})"
         else:
