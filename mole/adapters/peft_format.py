@@ -81,6 +81,7 @@ def parse(config: bytes, weights: bytes, where: str) -> PeftFolder:
 def _other(settings: dict[str, Any], tensors: dict[str, Any], where: str) -> Adapter:
     """An adapter of another method than LoRA."""
     method, read_tensors, _, _ = _OTHERS[settings["peft_type"]]
+    full, tensors = _whole_modules(settings, tensors, method, f"{where}/{WEIGHTS}")
     modules = read_tensors(settings, tensors, f"{where}/{WEIGHTS}")
     return Adapter(
         method=method,
@@ -88,7 +89,34 @@ def _other(settings: dict[str, Any], tensors: dict[str, Any], where: str) -> Ada
         targets=peft_ia3.plain_targets(settings, list(modules)),
         fan_in_fan_out=bool(settings.get("fan_in_fan_out", False)),
         task_type=settings["task_type"],
+        full_modules=full,
+        full_names=tuple(dict.fromkeys(settings["modules_to_save"] or ())) if full else (),
     )
+
+
+def _whole_modules(
+    settings: dict[str, Any], tensors: dict[str, Any], method: str, what: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Whole modules that were trained along, and the tensors that are left. Raises Damaged where none is there."""
+    names, start = settings["modules_to_save"] or (), _start_of(method)
+    full: dict[str, dict[str, Any]] = {}
+    rest = dict(tensors)
+    for key in tensors:
+        path, _, short = key.removeprefix(start).rpartition(".")
+        parts = path.split(".")
+        place = next((i for i, part in enumerate(parts) if part in names), None)
+        if key.startswith(start) and place is not None:
+            whole = ".".join(parts[: place + 1])
+            full.setdefault(whole, {})[".".join([*parts[place + 1 :], short])] = rest.pop(key)
+    # PEFT names all heads that a model for classification may have.
+    if names and not full and not set(names) <= {"classifier", "score"}:
+        raise Damaged(f"{what}: modules_to_save names {shown(list(names))}, which are not in it")
+    return full, rest
+
+
+def _start_of(method: str) -> str:
+    """What PEFT puts before a path: prompts wrap no module, so one part is missing."""
+    return "base_model." if method in ("prompt", "prefix") else "base_model.model."
 
 
 def _lora(config: bytes, weights: bytes, where: str) -> PeftFolder:
@@ -160,7 +188,12 @@ def _other_config(adapter: Adapter, backbone_name: str | None) -> tuple[dict[str
         "peft_type": peft_type,
         "task_type": adapter.task_type,
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_of(adapter).items()}
+    if adapter.full_modules:
+        common["modules_to_save"] = list(adapter.full_names)
+    found, start = dict(tensors_of(adapter)), _start_of(adapter.method)
+    for path, part in adapter.full_modules.items():
+        found |= {f"{start}{path}.{name}": tensor for name, tensor in part.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
     return dict(sorted({**common, **settings_of(adapter)}.items())), tensors
 
 

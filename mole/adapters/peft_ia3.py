@@ -54,7 +54,6 @@ def settings_of(adapter: Adapter) -> dict[str, Any]:
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "feedforward_modules": _ends(targets, inputs, list(adapter.modules)),
         "init_ia3_weights": True,
-        "modules_to_save": None,
         "target_modules": targets,
     }
 

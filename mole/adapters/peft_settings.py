@@ -77,27 +77,23 @@ def read_plain_settings(config: bytes, what: str, known: Collection[str]) -> tup
     if not isinstance(given, dict) or given.get("peft_type") not in known:
         return None, []
     settings = {"task_type": None, "base_model_name_or_path": None, **given}
-    checks = {"task_type": _CHECKS["task_type"], "base_model_name_or_path": _name_or_null}
+    settings.setdefault("modules_to_save", None)
+    checks = {"task_type": _CHECKS["task_type"], "base_model_name_or_path": _name_or_null, "modules_to_save": _names}
     for key, check in checks.items():
         if problem := check(settings[key]):
             raise Refused(f"{what}: {key} {problem}, got {shown(settings[key])}")
-    for key, reason in _PLAIN_REASONS.items():
-        if settings.get(key) not in (None, False, [], ""):
-            raise Refused(f"{what}: {key} is set to {shown(settings[key])}: {reason}")
-    odd = sorted(set(given) - _PLAIN_KEYS - set(_PLAIN_REASONS))
+    odd = sorted(set(given) - _PLAIN_KEYS)
     for key in odd:
         if given[key] not in (None, False, 0, "", [], {}):
             raise Refused(f"{what}: {key} is set to {shown(given[key])}: mole does not know how to follow it")
     return settings, []
 
 
-_PLAIN_REASONS = {
-    "modules_to_save": "whole modules beside such an adapter are not read",
-}
 # Keys of other methods than LoRA that are read, or say nothing about what the trained adapter computes.
 _PLAIN_KEYS = {
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "feedforward_modules"),
-    *("encoder_hidden_size", "inference_mode", "init_ia3_weights", "init_weights", "num_attention_heads", "num_layers"),
+    *("encoder_hidden_size", "inference_mode", "init_ia3_weights", "init_weights", "modules_to_save"),
+    *("num_attention_heads", "num_layers"),
     *("num_transformer_submodules", "num_virtual_tokens", "peft_type", "peft_version", "prefix_projection"),
     *("prompt_tuning_init", "prompt_tuning_init_text", "revision", "target_modules", "task_type", "token_dim"),
     *("tokenizer_kwargs", "tokenizer_name_or_path"),

@@ -172,7 +172,11 @@ DAMAGES = {
     ),
     "ia3: a foreign tensor": ("ia3", lambda t, c: t.update(x=torch.ones(1)), "belongs to no IA3 factor"),
     "ia3: none": ("ia3", lambda t, c: t.clear(), "no tensor"),
-    "ia3: modules beside it": ("ia3", lambda t, c: c.update(modules_to_save=["lm_head"]), "modules_to_save is set"),
+    "ia3: modules that are not there": (
+        "ia3",
+        lambda t, c: c.update(modules_to_save=["lm_head"]),
+        "which are not in it",
+    ),
     "ia3: an unknown setting": ("ia3", lambda t, c: c.update(use_magic=True), "does not know how to follow it"),
     "prefix: another number of blocks": ("prefix", lambda t, c: c.update(num_layers=3), "the config says"),
     "prefix: heads that do not divide": ("prefix", lambda t, c: c.update(num_attention_heads=3), "the config says"),
