@@ -32,6 +32,7 @@ class MixtureLayer(nn.Module):
         self.router: Router | None = None
         self.group: str | None = None  # whose modules spend one routing, made by the first of them
         self.flex: nn.Module | None = None  # what is trained after the mix, see flex.py
+        self.weighs_base = True  # not where a mixed module inside of it ends the same sub-layer
         self.context = context
 
     def __getattr__(self, name: str) -> Any:
@@ -64,7 +65,7 @@ class MixtureLayer(nn.Module):
             share = parts["bank"].delta(base_out, rows, fitting)  # type: ignore[union-attr]
             return base_out + self.router.value(share)  # type: ignore[operator]
         out = parts["bank"](base_out, rows, fitting)  # type: ignore[misc]
-        if fitting.base is not None and not self.bank.mixes_base:
+        if fitting.base is not None and self.weighs_base and not self.bank.mixes_base:
             out = out + self._surplus(fitting, rows, base_out)
         return out if self.flex is None else self.flex(out, None, frame)
 

@@ -17,6 +17,7 @@ from mole.backbones.modules import compute_dtype_of, device_of, kind_of, replace
 from mole.mixtures.adapter_mixture import MixtureLayer
 from mole.mixtures.banks import (
     BankOfBanks,
+    BottleneckBank,
     ConvolutionBank,
     DoraBank,
     EmbeddingBank,
@@ -97,10 +98,17 @@ def wrap(
     layers = {path: mixture_at(modules[path], sites.bank(path), sites.fit(path), context) for path in sites.paths}
     standing = stand_ins(modules, experts, options.modules_to_save, context, options.heads)
     _check_closing(layers, standing)
+    for path, layer in layers.items():
+        layer.weighs_base = not any(_ends(layers[inner]) for inner in layers if inner.startswith(f"{path}."))
     for path, layer in reversed({**layers, **standing}.items()):  # parts of a module before the module
         replace_module(backbone, path, layer)
     outlines = {name: replace(adapter, modules={}) for name, adapter in experts.items()}
     return Wrapped(layers, standing, outlines)
+
+
+def _ends(layer: MixtureLayer) -> bool:
+    """Whether bottlenecks end a sub-layer there."""
+    return any(isinstance(bank, BottleneckBank) for bank in getattr(layer.bank, "banks", [layer.bank]))
 
 
 def _check_closing(layers: Mapping[str, MixtureLayer], standing: Mapping[str, StandIn]) -> None:

@@ -77,8 +77,12 @@ def is_norm_site(path: str) -> bool:
 
 
 def sub_layers(sites: Sequence[str]) -> list[str]:
-    """The sites that are no norms by themselves, in the order of execution; all of them if all are norms."""
-    return [site for site in sites if not is_norm_site(site)] or list(sites)
+    """The sites that are no norms by themselves, in the order of execution; all of them if all are norms.
+
+    A whole sub-layer stands for the modules in it.
+    """
+    found = [site for site in sites if not is_norm_site(site)]
+    return [site for site in found if not any(site.startswith(f"{outer}.") for outer in found)] or list(sites)
 
 
 @ROUTERS.register("multi_adapter", MultiAdapterConfig)
@@ -118,7 +122,8 @@ class MultiAdapterRouter(StaticRouter):
             if block_of(site) != block:
                 block = block_of(site)
                 before = first_of_block.get(block, before)
-            before = set_of.get(site, before)
+            outer = next((owner for owner in owners if site.startswith(f"{owner}.")), site)
+            before = set_of.get(outer, before)
             members[before].append(place)
         return {f"set_{number:02d}": tuple(places) for number, places in enumerate(members)}
 
