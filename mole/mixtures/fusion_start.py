@@ -33,7 +33,9 @@ def start_from_fusion(model: Any) -> None:
 def _check(model: Any, fusion: Fusion) -> None:
     config, routers = model.router_config, model.routers()
     if config.value != fusion.value:
-        raise ValueError(f"it {'maps' if fusion.value else 'does not map'} the mix: set router.value={fusion.value}")
+        raise ValueError(
+            f"it {'maps' if fusion.value else 'does not map'} the mix: set router.value={str(fusion.value).lower()}"
+        )
     if config.query != "output":
         raise ValueError(f"its query is the module's own output, and router.query={config.query}")
     if odd := sorted(set(routers) ^ set(fusion.sites)):

@@ -184,8 +184,8 @@ def test_a_saved_mixture_needs_the_folder_no_more_and_names_none(tmp_path):
     ("named", "config", "options", "told"),
     [
         ("par_bn", DYNAMIC, {}, "experts that read x .par_bn."),
-        ("seq_bn", STATIC, {}, "does not map the mix: set router.value=False"),
-        ("seq_bn", DYNAMIC, {"value": False}, "maps the mix: set router.value=True"),
+        ("seq_bn", STATIC, {}, "does not map the mix: set router.value=false"),
+        ("seq_bn", DYNAMIC, {"value": False}, "maps the mix: set router.value=true"),
         ("seq_bn", DYNAMIC, {"query": "input"}, "router.query=input"),
         ("double_seq_bn", DYNAMIC, {}, "at 3 modules, the experts are at 6.*attention.output is of the experts alone"),
     ],
