@@ -6,6 +6,7 @@ linear  logits = W p + b, p the hidden state of the first token (cls), of the la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -130,6 +131,18 @@ def check_padding(tokenizer: Any, model: Any, kind: HeadKind, source: str) -> No
         )
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def in_float32(model: Any, paths: Sequence[str]) -> None:
+    """Keeps these modules of a model in float32, as they are trained: what they read is brought to it."""
+    for path in paths:
+        for part in model.get_submodule(path).float().modules():
+            if next(part.parameters(recurse=False), None) is not None:
+                part.register_forward_pre_hook(_to_float32)
+
+
+def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 @contextmanager

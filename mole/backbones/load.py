@@ -19,6 +19,7 @@ from mole.backbones.heads import (
     check_padding,
     class_for,
     head_modules,
+    in_float32,
     options_for,
     pooler_of,
     seeded,
@@ -144,6 +145,9 @@ def as_backbone(
     added, pooler = (), None
     if head is not None:
         added, pooler = head_modules(model), pooler_of(model)
+        model.config.use_cache = False  # whole texts are read once
+        if model.dtype in (torch.float16, torch.bfloat16):
+            in_float32(model, [*added, *([pooler] if pooler else [])])
     left_out = tuple(f"{path}." for path in (*added, f"{model.base_model_prefix}.pooler")) if added else ()
     return Backbone(model, tokenizer, name, revision, shapes_digest(model, left_out), head, added, pooler)
 

@@ -234,3 +234,11 @@ def test_lora_experts_of_an_encoder_are_mixed_under_any_router(tmp_path, router)
     words = [*ON, "dataset=majority_a", *FEW, *SHORT, "training.max_steps=2", "training.evaluate_every=null"]
     mole("build-moe", *words, f"router={router}", f"library={tmp_path / 'library'}", f"run.folder={tmp_path / 'run'}")
     assert facts(tmp_path / "run")["result"]["steps"] == 2  # its head at least is trained
+
+
+@pytest.mark.parametrize("backbone", [ON, ["backbone=tiny"], ["backbone=tiny", "backbone.head=linear"]], ids=" ".join)
+def test_a_head_stays_float32_on_a_backbone_in_bfloat16(tmp_path, backbone):
+    words = [*backbone, "backbone.dtype=bfloat16", "dataset=majority_a", *FEW, *SHORT, "training.max_steps=2"]
+    mole("train-expert", *words, "adapter=houlsby", "adapter.size=4", f"run.folder={tmp_path / 'run'}")
+    adapter = load_expert(tmp_path / "run").adapter
+    assert {tensor.dtype for part in adapter.full_modules.values() for tensor in part.values()} == {torch.float32}
