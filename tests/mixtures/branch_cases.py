@@ -1,4 +1,4 @@
-"""Small backbones under heads for whole texts, single-task experts on them that differ in all they may, and mixtures."""
+"""Small backbones under heads for whole texts, experts on them that differ in all they may, and their mixtures."""
 
 import torch
 import transformers as t

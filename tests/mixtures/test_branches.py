@@ -191,7 +191,7 @@ def test_one_hot_logits_stay_when_another_expert_changes(family):
 @torch.no_grad()
 def test_an_expert_averaged_with_itself_is_that_expert(family):
     adapter = expert(family, "rte")
-    given = {name: adapter for name in "abcd"}
+    given = dict.fromkeys("abcd", adapter)
     want = alone(family, adapter, torch.float64)(**BATCH).logits
     model = mixture(family, UniformConfig(), dtype=torch.float64, whole="take:a", given=given)
     torch.testing.assert_close(model(**BATCH).logits, want, rtol=0, atol=1e-9)
