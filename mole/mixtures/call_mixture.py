@@ -44,6 +44,16 @@ def mixture_at(base: nn.Module, bank: nn.Module, fit: Fit, context: RoutingConte
     return (CallMixture if isinstance(bank, CallBank) else MixtureLayer)(base, bank, fit, context)
 
 
+def check_own_weight(config: Any, layers: Mapping[str, MixtureLayer]) -> None:
+    """Raises ValueError if a multi-adapter's weights may leave another share for the backbone than they leave of 1."""
+    calls = [site for site, layer in layers.items() if isinstance(layer, CallMixture)]
+    if calls and hasattr(config, "has_flex") and config.normalise != "softmax":
+        raise ValueError(
+            f"{calls[0]}: router.normalise={config.normalise} gives the backbone a weight of its own, and prefixes and "
+            "prompts leave it what their weights leave of 1: set router.normalise=softmax"
+        )
+
+
 def check_calls(name: str, router: Any, layers: Mapping[str, MixtureLayer]) -> None:
     """Raises ValueError if a router of the class `router` cannot route for prompts or prefixes among `layers`."""
     for site, layer in layers.items():

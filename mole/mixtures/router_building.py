@@ -7,7 +7,7 @@ from typing import Any
 from mole.backbones.modules import device_of, in_out_features, reads_left_to_right
 from mole.backbones.sites import is_norm
 from mole.mixtures.banks import OutputBank
-from mole.mixtures.call_mixture import CallMixture, check_calls
+from mole.mixtures.call_mixture import CallMixture, check_calls, check_own_weight
 from mole.mixtures.flex import Flex
 from mole.mixtures.fusion_start import start_from_fusion
 from mole.mixtures.groups import groups_of
@@ -26,6 +26,7 @@ def build_router(model: Any) -> None:
     config = model.router_config
     build: Any = ROUTERS[config.name].implementation
     check_calls(config.name, build, model.layers)
+    check_own_weight(config, model.layers)
     if build.scope == "model":
         model.router = build(config, model.shape).to(model.device)
     else:

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from branch_cases import BATCH, LABELS, alone, backbone, expert, experts, heads, mixture, moved, saved_backbone
+from mixture_cases import llama
+from test_adapter_kinds_mixed import made
 from torch.nn import functional as F
 
 from mole.mixtures import MultiExpertModel, load_mixture, save_mixture
@@ -246,3 +248,18 @@ def test_heads_of_other_labels_are_refused_by_their_policy():
     model.classifier.out_proj = torch.nn.Linear(16, 2)
     with pytest.raises(ValueError, match="modules_to_save=train:rte: classifier: a whole module of"):
         MultiExpertModel(model, given, MultiAdapterConfig(), modules_to_save="train:rte", heads=("classifier",))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mode": "flex"}, "router.mode=flex: .* gives no hidden states"),
+        ({"normalise": "sigmoid"}, "router.normalise=sigmoid gives the backbone a weight of its own"),
+        ({"normalise": "none"}, "set router.normalise=softmax"),
+    ],
+)
+def test_a_multi_adapter_of_prefixes_is_refused_what_they_cannot_do(fields, message):
+    model = llama()
+    with pytest.raises(ValueError, match=message):
+        MultiExpertModel(model, {"a": made("prefix", 1), "b": made("prefix", 2)}, MultiAdapterConfig(**fields))
+    assert not any("Mixture" in type(module).__name__ for module in model.modules())
