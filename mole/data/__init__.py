@@ -1,6 +1,6 @@
 """Datasets: one file per kind of source; prompts, labels, splits, batches, task names."""
 
-from mole.data import classification, csv, generated, glue, hub, jsonl, majority, parquet, text
+from mole.data import classification, classification_hub, csv, generated, glue, hub, jsonl, majority, parquet, text
 from mole.data.batches import by_length, collate, epoch_order, targets_of
 from mole.data.heads import head_of, metric_of
 from mole.data.joined import joined
@@ -19,6 +19,7 @@ __all__ = [
     "Split",
     "by_length",
     "classification",
+    "classification_hub",
     "collate",
     "csv",
     "default_metric",

@@ -1,7 +1,7 @@
 """Texts or pairs with labels from records of one's own: JSON Lines, CSV, TSV, or a task file that names such files."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,8 @@ from mole.data.whole_texts import LabelledText, Metric, default_metric, encode_t
 from mole.head import Head
 from mole.registry import DATASETS, config_dataclass, unknown
 
-LAYOUTS = (("text_a", "text_b"), ("premise", "hypothesis"), ("sentence",), ("text",))  # the columns with text
+# The columns with text.
+LAYOUTS = (("text_a", "text_b"), ("premise", "hypothesis"), ("sentence1", "sentence2"), ("sentence",), ("text",))
 COLUMNS = (*(column for layout in LAYOUTS for column in layout), "label")
 ALL_LABELS = "name all labels with dataset.labels=[…]"
 
@@ -59,7 +60,19 @@ class ClassificationConfig:
             return Head("regression")
         if self.labels is not None:
             return named_labels(self.labels)
-        return head_of_records(self, training_records(self, files_of(self).train))
+        return self.head_for(training_records(self, self.files().train))
+
+    def head_for(self, records: list[Record]) -> Head:
+        """The labels of these training records."""
+        return head_of_records(self, records)
+
+    def files(self) -> "Files":
+        """The training records and what is held out."""
+        return files_of(self)
+
+    def read(self, path: str) -> list[Record]:
+        """The records of one file."""
+        return read_file(self, path)
 
 
 @dataclass(frozen=True)
@@ -80,14 +93,14 @@ def load_classification(
     Raises ValueError, with the row, for an empty text, a label that is not known, and one that the training split
     lacks.
     """
-    files = files_of(config)
+    files = config.files()
     records = training_records(config, files.train)
-    head = Head("regression") if config.regression else head_of_records(config, records)
-    drawn = split_records(records, files.held_out, reader(config), seed=seed, path=files.train)
+    head = Head("regression") if config.regression else config.head_for(records)
+    drawn = split_records(records, files.held_out, config.read, seed=seed, path=files.train)
     rows = {split: None if part is None else labelled(part, config, head) for split, part in drawn.items()}
     if config.labels is None and not config.regression:
         check_labels(rows)
-    name = files.task or Path(config.path).stem
+    name = files.task or Path(config.path.rstrip("/")).stem
     max_length = longest(config.max_length, context_length)
 
     def encode(part: list[LabelledText]) -> list[Encoded]:
@@ -130,22 +143,18 @@ def _json(path: Path) -> Any:
         return None
 
 
-def reader(config: ClassificationConfig) -> Callable[[str], list[Record]]:
-    """What reads a file by its suffix: .csv, .tsv, or else JSON."""
-
-    def read(path: str) -> list[Record]:
-        suffix = Path(path).suffix.lower()
-        if suffix not in (".csv", ".tsv"):
-            return read_jsonl(path)
-        quoting = suffix == ".csv" if config.quoting is None else config.quoting
-        return read_csv(path, delimiter="," if suffix == ".csv" else "\t", quoting=quoting)
-
-    return read
+def read_file(config: ClassificationConfig, path: str) -> list[Record]:
+    """The records of a file by its suffix: .csv, .tsv, or else JSON."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".csv", ".tsv"):
+        return read_jsonl(path)
+    quoting = suffix == ".csv" if config.quoting is None else config.quoting
+    return read_csv(path, delimiter="," if suffix == ".csv" else "\t", quoting=quoting)
 
 
 def training_records(config: ClassificationConfig, path: str) -> list[Record]:
     """The records that are trained on and, by shares, held out."""
-    return reader(config)(path)[: config.limit]
+    return config.read(path)[: config.limit]
 
 
 def head_of_records(config: ClassificationConfig, records: list[Record]) -> Head:

@@ -28,8 +28,17 @@ def load_hub(config: HubConfig, tokenizer: Any, *, seed: int, context_length: in
     return load_records(config, tokenizer, read, name=name, seed=seed, context_length=context_length)
 
 
-def read_hub(config: HubConfig, split: str) -> list[Record]:
+def read_hub(config: Any, split: str) -> list[Record]:
     """All records of one split. ValueError if the dataset or the split is not there; code in it is never run."""
+    label, rows = load_rows(config, split)
+    records = [Record(dict(row), f"{label}, {split}: row {number}") for number, row in enumerate(rows, start=1)]
+    if not records:
+        raise ValueError(f"Hub dataset {label}: split {split} has no rows")
+    return records
+
+
+def load_rows(config: Any, split: str) -> tuple[str, Any]:
+    """The dataset's label in errors, and its rows as `datasets` gives them: `config` has path, subset and revision."""
     try:
         import datasets
         import datasets.exceptions
@@ -37,10 +46,6 @@ def read_hub(config: HubConfig, split: str) -> list[Record]:
         raise ValueError("Hub datasets need the package datasets: install the extra, mole-experts[data]") from error
     label = config.path if config.subset is None else f"{config.path} ({config.subset})"
     try:
-        rows = datasets.load_dataset(config.path, config.subset, split=split, revision=config.revision)
+        return label, datasets.load_dataset(config.path, config.subset, split=split, revision=config.revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"Hub dataset {label}, split {split}: {error}") from error
-    records = [Record(dict(row), f"{label}, {split}: row {number}") for number, row in enumerate(rows, start=1)]
-    if not records:
-        raise ValueError(f"Hub dataset {label}: split {split} has no rows")
-    return records

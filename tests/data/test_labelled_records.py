@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from mole.data import head_of
 from mole.data.classification import ClassificationConfig
+from mole.data.classification_hub import ClassificationHubConfig
 from mole.head import Head
 
 ALL = {"name": "classification", "validation": None, "test": None}
@@ -191,3 +192,25 @@ def test_settings_that_do_not_go_together_are_told_at_once():
 def test_one_label_alone_is_refused_naming_the_file(load, jsonl):
     with pytest.raises(ValueError, match=r"facts\.jsonl: all labels are a: two are wanted"):
         load(path=jsonl(rows("a", "a")), **ALL)
+
+
+def test_a_hub_dataset_s_names_of_labels_and_own_splits_are_taken(load, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    label = datasets.ClassLabel(names=["not_equivalent", "equivalent"])
+    features = datasets.Features(
+        {"sentence1": datasets.Value("string"), "sentence2": datasets.Value("string"), "label": label}
+    )
+
+    def load_dataset(path, subset, split, revision):
+        assert (path, subset, revision) == ("user/pairs", "mrpc", None)
+        rows = {"train": [1, 0, 1], "validation": [0]}[split]
+        made = [{"sentence1": f"{split} {i}", "sentence2": "b", "label": value} for i, value in enumerate(rows)]
+        return datasets.Dataset.from_list(made, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub = {"path": "user/pairs", "subset": "mrpc", "test": None}
+    data = load(name="classification_hub", validation="validation", **hub)
+    assert data.head == Head("classification", ("not_equivalent", "equivalent"))
+    assert found(data.train) == [("train 0\nb", 1), ("train 1\nb", 0), ("train 2\nb", 1)]
+    assert found(data.validation) == [("validation 0\nb", 0)]
+    assert head_of({"pairs": ClassificationHubConfig(validation="validation", **hub)}) == data.head
