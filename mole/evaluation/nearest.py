@@ -22,17 +22,18 @@ def nearest_experts(
     examples: int,
     batch_size: int,
 ) -> list[tuple[str, float]]:
-    """Each expert with its loss in nats per supervised token on `examples` of the samples, evenly spread; best first.
+    """Each expert with its loss in nats per supervised token (or text) on `examples` of the samples, spread; best first.
 
-    `backbone` is a transformers model, and as it was afterwards. Raises ValueError if there are no samples.
+    `backbone` is a transformers model, and as it was afterwards; an expert with a head is tried with it. Raises
+    ValueError if there are no samples.
     """
-    model = MultiExpertModel(backbone, experts, UniformConfig(), train="none")
     losses = {}
-    try:
-        for name in experts:
-            with model.fixed_routing({name: 1.0}):
-                found = mean_loss(model, spread(samples, examples), collate, batch_size=batch_size)
-            losses[name] = total(found.values()).loss
-    finally:
-        model.unload()
+    for name, adapter in experts.items():
+        whole = {"modules_to_save": f"take:{name}"} if adapter.full_modules else {}
+        model = MultiExpertModel(backbone, {name: adapter}, UniformConfig(), train="none", **whole)
+        try:
+            found = mean_loss(model, spread(samples, examples), collate, batch_size=batch_size)
+        finally:
+            model.unload()
+        losses[name] = total(found.values()).loss
     return sorted(losses.items(), key=lambda row: (row[1], row[0]))
