@@ -22,7 +22,7 @@ def nearest_experts(
     examples: int,
     batch_size: int,
 ) -> list[tuple[str, float]]:
-    """Each expert with its loss in nats per supervised token (or text) on `examples` of the samples, spread; best first.
+    """Each expert with its loss, in nats per supervised token or text, on `examples` of the samples; best first.
 
     `backbone` is a transformers model, and as it was afterwards; an expert with a head is tried with it. Raises
     ValueError if there are no samples.
