@@ -71,6 +71,8 @@ class MixtureLayer(nn.Module):
 
     def _surplus(self, routing: Routing, rows: Tensor, base_out: Tensor) -> Tensor:
         """`base_out` times what experts and backbone together have above 1: every expert brings the backbone along."""
+        assert routing.base is not None
+        assert routing.base is not None
         above = (routing.dense(self.fit.num_experts).sum(-1, keepdim=True) + routing.base - 1.0).to(base_out.dtype)
         if self.fit.takes == "channels":
             shape = above.shape[0], 1, *(1,) * (base_out.dim() - 3), above.shape[1]

@@ -35,6 +35,22 @@ class Ending(NamedTuple):
 class Member(nn.Module):
     """One expert's tensors at a site: of a bottleneck, of a norm, or of both; frozen unless asked otherwise."""
 
+    down: Any  # these, up to norm_bias, are parameters or None
+    down_bias: Any
+    up: Any
+    up_bias: Any
+    gain: Any
+    norm_weight: Any
+    norm_bias: Any
+
+    norm_weight: Any
+    norm_bias: Any
+    down: Any
+    down_bias: Any
+    up: Any
+    up_bias: Any
+    gain: Any
+
     def __init__(self, small: BottleneckWeights | None, norm: NormWeights | None, dtype: torch.dtype, dropout: float):
         super().__init__()
         self.has_bottleneck, self.has_norm = small is not None, norm is not None
@@ -71,9 +87,11 @@ class Member(nn.Module):
         """The bottleneck as weights, views of these."""
         if not self.has_bottleneck:
             return None
-        tensors = [self.down, self.down_bias, self.up, self.up_bias]
         return BottleneckWeights(
-            *(tensor.detach() for tensor in tensors),
+            down=self.down.detach(),
+            down_bias=self.down_bias.detach(),
+            up=self.up.detach(),
+            up_bias=self.up_bias.detach(),
             gain=None if self.gain is None else self.gain.detach(),
             activation=self.activation,
             scale=self.scale,
