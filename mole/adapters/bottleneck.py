@@ -115,8 +115,9 @@ def added(weights: Any, z: Tensor, dropout: nn.Dropout | None = None) -> Tensor:
     seen = z.to(torch.promote_types(weights.down.dtype, torch.float32))
     seen = seen if dropout is None else dropout(seen)
     dtype = seen.dtype
-    hidden = ACTIVATIONS[weights.activation](F.linear(seen, weights.down.to(dtype), weights.down_bias.to(dtype)))
-    out = weights.scale * F.linear(hidden, weights.up.to(dtype), weights.up_bias.to(dtype))
+    with torch.autocast(z.device.type, enabled=False):
+        hidden = ACTIVATIONS[weights.activation](F.linear(seen, weights.down.to(dtype), weights.down_bias.to(dtype)))
+        out = weights.scale * F.linear(hidden, weights.up.to(dtype), weights.up_bias.to(dtype))
     return (out if weights.gain is None else out * weights.gain.to(dtype)).to(z.dtype)
 
 
@@ -140,7 +141,9 @@ class BottleneckLayer(AdapterLayer):
 
     def weights(self) -> BottleneckWeights:
         values = {one.name: getattr(self, one.name) for one in fields(BottleneckWeights)}
-        copied = {n: v.detach().cpu().clone() if isinstance(v, Tensor) else v for n, v in values.items()}
+        copied: dict[str, Any] = {
+            name: value.detach().cpu().clone() if isinstance(value, Tensor) else value for name, value in values.items()
+        }
         return BottleneckWeights(**copied)
 
     def extra_repr(self) -> str:

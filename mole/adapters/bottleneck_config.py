@@ -90,4 +90,4 @@ def at_block(value: Any, layer: int, field: str) -> float:
         return value
     if str(layer) not in value and "default" not in value:
         raise ValueError(f"adapter.{field} has nothing for block {layer}, and no default")
-    return value.get(str(layer), value.get("default"))
+    return value[str(layer) if str(layer) in value else "default"]

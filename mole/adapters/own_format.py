@@ -119,7 +119,7 @@ def _modules(node: dict[str, Any], tensors: dict[str, Tensor], what: str) -> dic
     rest, found = dict(tensors), {}
     for path, facts in node["modules"].items():
         name = facts.get("kind", node["method"]) if isinstance(facts, dict) else None
-        if not is_plain(path) or name not in (node["method"], "norm"):
+        if not is_plain(path) or name is None or name not in (node["method"], "norm"):
             raise Damaged(f"{what}: modules: {shown(path)} is {shown(facts)}")
         kind = _KINDS[name]
         names = {one.name: "None" in str(one.type) for one in fields(kind) if str(one.type).startswith("Tensor")}

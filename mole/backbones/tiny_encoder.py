@@ -5,7 +5,7 @@ Its words are w05 … w59, split at white space. Nothing was learnt: what an exp
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification
@@ -45,12 +45,15 @@ def load_tiny_encoder(config: TinyEncoderConfig, *, head: Head | None = None, se
                 torch.nn.init.normal_(module.weight, std=0.02)
                 torch.nn.init.zeros_(module.bias)
     dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-    model = model.to(resolve_device(config.device), dtype).requires_grad_(False).eval()
+    torch.nn.Module.to(model, resolve_device(config.device), dtype)
+    model = model.requires_grad_(False).eval()
     return as_backbone(model, tokenizer(), f"mole/tiny-encoder-{config.weights_seed}", head=head)
 
 
 def _config(config: TinyEncoderConfig, head: Head) -> RobertaConfig:
-    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    more: dict[str, Any] = {"num_labels": head.size}
+    if config.attention != "auto":
+        more["attn_implementation"] = config.attention
     return RobertaConfig(
         vocab_size=len(SPECIAL) + len(WORDS),
         hidden_size=64,
@@ -62,11 +65,10 @@ def _config(config: TinyEncoderConfig, head: Head) -> RobertaConfig:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.08,
-        num_labels=head.size,
         pad_token_id=1,
         bos_token_id=0,
         eos_token_id=2,
-        **attention,
+        **more,
     )
 
 

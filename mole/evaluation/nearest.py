@@ -29,8 +29,8 @@ def nearest_experts(
     """
     losses = {}
     for name, adapter in experts.items():
-        whole = {"modules_to_save": f"take:{name}"} if adapter.full_modules else {}
-        model = MultiExpertModel(backbone, {name: adapter}, UniformConfig(), train="none", **whole)
+        policy = f"take:{name}" if adapter.full_modules else "error"
+        model = MultiExpertModel(backbone, {name: adapter}, UniformConfig(), train="none", modules_to_save=policy)
         try:
             found = mean_loss(model, spread(samples, examples), collate, batch_size=batch_size)
         finally:

@@ -104,7 +104,7 @@ class XLoraRouter(Router):
     def carry(self, old: Router) -> None:
         """Takes over the classifier; of its last layer the rows of the experts (and sites) that both have, by name."""
         assert isinstance(old, XLoraRouter)
-        mine, theirs = list(self.classifier)[-1], list(old.classifier)[-1]
+        mine, theirs = (list(router.get_submodule("classifier").children())[-1] for router in (self, old))
         fresh = {name: parameter.detach().clone() for name, parameter in mine.named_parameters()}
         super().carry(old)
         experts = [

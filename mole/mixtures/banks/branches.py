@@ -43,14 +43,6 @@ class Member(nn.Module):
     norm_weight: Any
     norm_bias: Any
 
-    norm_weight: Any
-    norm_bias: Any
-    down: Any
-    down_bias: Any
-    up: Any
-    up_bias: Any
-    gain: Any
-
     def __init__(self, small: BottleneckWeights | None, norm: NormWeights | None, dtype: torch.dtype, dropout: float):
         super().__init__()
         self.has_bottleneck, self.has_norm = small is not None, norm is not None
