@@ -30,6 +30,7 @@ from mole.mixtures.growing import carry, take_apart
 from mole.mixtures.preparing.prototype_data import flatness, needs_data
 from mole.mixtures.two_pass.hidden_store import HiddenStore, store_bytes
 from mole.registry import BACKBONES, DATASETS, LIBRARIES, OPTIMIZERS, ROUTERS, SCHEDULES, TRACKERS, config_dataclass
+from mole.routers import StaticRouter
 from mole.routing.log import RoutingLog
 from mole.routing.losses import Over, check_losses
 from mole.routing.statistics import RoutingStatistics
@@ -252,7 +253,13 @@ def _statistics(config: BuildMoe, model: MultiExpertModel) -> RoutingStatistics 
     """What listens to the training forwards, and speaks up at every logged step."""
     if config.statistics_every is None:
         return None
-    found = RoutingStatistics(model.sites, model.expert_names, model.shape.expert_tasks, every=config.statistics_every)
+    found = RoutingStatistics(
+        model.sites,
+        model.expert_names,
+        model.shape.expert_tasks,
+        every=config.statistics_every,
+        warns=not isinstance(model.router, StaticRouter),
+    )
     model.observers.append(found)
     return found
 

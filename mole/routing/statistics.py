@@ -180,13 +180,15 @@ class RoutingStatistics:
     """Listens to a mixture's forwards (`MultiExpertModel.observers`) and tells what they came to since it last did.
 
     `sites`, `expert_names` as of the mixture; `expert_tasks` the tasks that each expert names. Training forwards only,
-    every `every`-th of them; a recomputation is none.
+    every `every`-th of them; a recomputation is none. `warns` of routers that collapse: not where one expert for all is
+    what is looked for.
     """
 
     sites: Sequence[str]
     expert_names: Sequence[str]
     expert_tasks: Sequence[Sequence[str]] = ()
     every: int = 1
+    warns: bool = True
     _seen: int = 0
     _sums: dict[str, Sums] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
@@ -230,7 +232,7 @@ class RoutingStatistics:
     def _warn(self, site: str, values: Mapping[str, Any]) -> None:
         where = f" at {site}" if site else ""
         even = 1 / len(self.expert_names)
-        if len(self.expert_names) < 2 or site in self._warned:
+        if not self.warns or len(self.expert_names) < 2 or site in self._warned:
             return
         if values["effective_experts"] < COLLAPSED:
             best = max(values["importance"], key=values["importance"].get)

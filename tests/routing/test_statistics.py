@@ -148,3 +148,11 @@ def test_a_collapsed_router_and_dead_experts_are_named_once(caplog):
     assert "99 % of its weight to a" in messages[0]
     assert "load_balance" in messages[0]
     assert messages[1] == "the router at x gives nearly nothing to c, d"
+
+
+def test_no_warning_where_one_expert_for_all_is_what_is_looked_for(caplog):
+    statistics = RoutingStatistics(("x",), NAMES, warns=False)
+    with caplog.at_level(logging.WARNING):
+        statistics.observe(frame_of(x=Routing(torch.tensor([[[0.99, 0.004, 0.003, 0.003]]]))), "train")
+        assert statistics.read()["router/importance"]["a"] == pytest.approx(0.99)
+    assert not caplog.records
