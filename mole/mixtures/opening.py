@@ -42,11 +42,24 @@ def open_model(place: str, backbone: Backbone, *, allow_other_backbone: bool = F
         if expert.card.kind == "mixture":
             return _from_library(expert, split_expert(place)[0], backbone, allow_other_backbone)
         experts = {expert.card.tasks[0] if expert.card.tasks else "expert": expert}
-    heads = {name: len(expert.card.adapter["full_modules"]) for name, expert in experts.items() if expert.card.adapter}
-    whole = {"modules_to_save": f"take:{next(iter(experts))}"} if len(experts) == 1 and any(heads.values()) else {}
+    policy = _policy(experts)
     return mixture_of(
-        experts, backbone, UniformConfig(), train="none", allow_other_backbone=allow_other_backbone, **whole
+        experts,
+        backbone,
+        UniformConfig(),
+        train="none",
+        allow_other_backbone=allow_other_backbone,
+        modules_to_save=policy,
     ).eval()
+
+
+def _policy(experts: dict[str, Expert]) -> str:
+    """What becomes of heads that experts brought: that of the one expert; of several a mix, under which each by itself
+    has its own.
+    """
+    if not any(expert.card.adapter and expert.card.adapter["full_modules"] for expert in experts.values()):
+        return "error"
+    return f"take:{next(iter(experts))}" if len(experts) == 1 else "mix"
 
 
 def _from_library(expert: Expert, address: str, backbone: Backbone, allow_other_backbone: bool) -> MultiExpertModel:

@@ -242,3 +242,19 @@ def test_a_head_stays_float32_on_a_backbone_in_bfloat16(tmp_path, backbone):
     mole("train-expert", *words, "adapter=houlsby", "adapter.size=4", f"run.folder={tmp_path / 'run'}")
     adapter = load_expert(tmp_path / "run").adapter
     assert {tensor.dtype for part in adapter.full_modules.values() for tensor in part.values()} == {torch.float32}
+
+
+def test_a_library_of_experts_with_heads_is_compared_each_under_its_own(runs, tmp_path):
+    tasks = ["majority_a", "majority_b"]
+    few = [f"datasets.{task}.{setting.removeprefix('dataset.')}" for task in tasks for setting in FEW]
+    words = [*ON, f"dataset=[{','.join(tasks)}]", *few, f"model={runs / 'library'}", f"run.folder={tmp_path / 'matrix'}"]
+    mole("evaluate", *words)
+    rows = json.loads((tmp_path / "matrix" / "evaluation.json").read_text())["rows"]
+    assert list(rows) == [*tasks, "uniform", "oracle"]
+    backbone, _ = validation(runs)
+    config = MajorityAConfig(examples=96, validation_examples=20, test_examples=12)
+    samples = data.load(config, backbone.tokenizer, seed=0).test
+    alone = mixtures.open_model(str(runs / "majority_a"), backbone)
+    logits = predict(alone, samples, lambda part: data.collate(part, pad_token_id=1), batch_size=8)
+    wanted = scores("accuracy", HEAD, logits, [sample.target for sample in samples])["score"]
+    assert rows["majority_a"]["majority_a"] == rows["oracle"]["majority_a"] == pytest.approx(wanted)
