@@ -1,4 +1,4 @@
-"""Data to classify on the command line: experts with heads, multi-adapters over them, their weights, scores, refusals."""
+"""Data to classify on the command line: experts with heads, multi-adapters over them, weights, scores, refusals."""
 
 import json
 from pathlib import Path
@@ -247,8 +247,8 @@ def test_a_head_stays_float32_on_a_backbone_in_bfloat16(tmp_path, backbone):
 def test_a_library_of_experts_with_heads_is_compared_each_under_its_own(runs, tmp_path):
     tasks = ["majority_a", "majority_b"]
     few = [f"datasets.{task}.{setting.removeprefix('dataset.')}" for task in tasks for setting in FEW]
-    words = [*ON, f"dataset=[{','.join(tasks)}]", *few, f"model={runs / 'library'}", f"run.folder={tmp_path / 'matrix'}"]
-    mole("evaluate", *words)
+    words = [*ON, f"dataset=[{','.join(tasks)}]", *few, f"model={runs / 'library'}"]
+    mole("evaluate", *words, f"run.folder={tmp_path / 'matrix'}")
     rows = json.loads((tmp_path / "matrix" / "evaluation.json").read_text())["rows"]
     assert list(rows) == [*tasks, "uniform", "oracle"]
     backbone, _ = validation(runs)

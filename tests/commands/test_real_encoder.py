@@ -20,7 +20,8 @@ pytestmark = [
 
 def test_an_adapter_learns_what_a_head_alone_does_not(tmp_path):
     words = [
-        *("backbone=pretrained", f"backbone.path={ENCODER}", "adapter=houlsby", "adapter.size=48", "schedule.warmup=0.1"),
+        *("backbone=pretrained", f"backbone.path={ENCODER}", "adapter=houlsby", "adapter.size=48"),
+        "schedule.warmup=0.1",
         *("dataset=sst2", f"dataset.path={DATA / 'SST-2'}", "dataset.limit=3000", "dataset.max_length=40"),
         *("training.batch_size=16", "training.max_steps=150", "training.evaluate_every=75"),
     ]
