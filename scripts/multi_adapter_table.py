@@ -3,7 +3,7 @@
 Usage: python scripts/multi_adapter_table.py <folder of the runs>
 
 A target whose expert does not beat a head alone by two standard deviations over the seeds is inconclusive: neither
-passed nor failed. Writes claims.json and table.md into the folder.
+passed nor failed. Writes claims.json, table.md and weights.png into the folder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mole.routing.weights_log import read_weights
+from mole.figure import INK, colours, headline, new_figure, panel, png
+from mole.routing.weights_log import LoggedWeights, read_weights
 
 
 def score(run: Path) -> float | None:
@@ -23,9 +24,14 @@ def score(run: Path) -> float | None:
     return json.loads(file.read_text())["validation"]["score"] if file.is_file() else None
 
 
+def weights_of(seed: Path, target: str) -> LoggedWeights:
+    """The weights of a target's multi-adapter over its training."""
+    return read_weights(seed / "mixtures" / target / "scalings" / "weights.jsonl")
+
+
 def facts_of(seed: Path, target: str) -> dict[str, Any]:
     """What one seed says of a target."""
-    log = read_weights(seed / "mixtures" / target / "scalings" / "weights.jsonl")
+    log = weights_of(seed, target)
     own = target.replace("_", "-")
     mean = log.values.mean(1)  # over the sets of weights
     half = mean[len(mean) // 2]
@@ -69,6 +75,35 @@ def shown(pair: tuple[float, float] | None) -> str:
     return "–" if pair is None else f"{pair[0]:.3f} ± {pair[1]:.3f}"
 
 
+def draw(seeds: list[Path], targets: list[str]) -> bytes:
+    """A panel for each target: the weight of every branch over the steps, a line for each seed."""
+    width, height = 3.1, 2.2
+    figure = new_figure(0.8 + len(targets) * (width + 0.35) + 1.4, height + 1.4)
+    branches = weights_of(seeds[0], targets[0]).branches
+    tints = dict(zip([name for name in branches if name != "base"], colours(len(branches) - 1), strict=True))
+    for column, target in enumerate(targets):
+        axes = panel(figure, 0.7 + column * (width + 0.35), 0.6, width, height)
+        for seed in seeds:
+            log = weights_of(seed, target)
+            mean = log.values.mean(1)
+            for branch, name in enumerate(log.branches):
+                look = {"color": tints.get(name, INK), "ls": "--" if name == "base" else "-", "lw": 1.4}
+                axes.plot([row.step for row in log.rows], mean[:, branch], label=name, **look)
+        axes.set_title(f"target {target}", fontsize=10, color=INK, loc="left")
+        axes.set_ylim(0, 1)
+        axes.tick_params(labelleft=column == 0)
+        axes.set_xlabel("optimizer step", fontsize=9, color=INK)
+        if column == 0:
+            axes.set_ylabel("weight", fontsize=9, color=INK)
+    handles, names = axes.get_legend_handles_labels()
+    known = dict(zip(names, handles, strict=True))
+    axes.legend(known.values(), known.keys(), loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
+    frame = panel(figure, 0.7, 0.85, len(targets) * (width + 0.35), height)
+    frame.axis("off")
+    headline(frame, "Weights of multi-adapters over training", f"{len(seeds)} seeds, a line for each")
+    return png(figure)
+
+
 def main(folder: Path) -> None:
     seeds = sorted(folder.glob("seed-*"))
     targets = list(dict.fromkeys(run.name for seed in seeds for run in sorted((seed / "mixtures").iterdir())))
@@ -84,6 +119,7 @@ def main(folder: Path) -> None:
     (folder / "table.md").write_text(table)
     claims = {target: {"verdict": verdict(rows), "seeds": rows} for target, rows in found.items()}
     (folder / "claims.json").write_text(json.dumps(claims, indent=1) + "\n")
+    (folder / "weights.png").write_bytes(draw(seeds, targets))
     print(table)
 
 
