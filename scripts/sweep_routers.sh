@@ -50,7 +50,7 @@ if [ ! -d "$library" ]; then
   for task in "${tasks[@]}"; do
     mapfile -t chosen < <(expert_words "$task")
     "$mole" train-expert "${backbone[@]}" "${chosen[@]}" adapter=lora adapter.rank=16 adapter.alpha=32 "${fit[@]}" \
-      training.epochs=null training.evaluate_every=null name="$task" library=local "library.url=$library" \
+      training.epochs=null training.evaluate_every=null name="$task" library=local "library.url=$library" seed="$seed" \
       "run.folder=$out/experts/$task"
   done
 fi
