@@ -48,7 +48,10 @@ def finish(
     datasets: Mapping[str, DataSplits],
     run: RunFolder,
 ) -> dict[str, float]:
-    """Scores of the finished model on all validation samples, by name; leaves predictions.jsonl. {} without a head."""
+    """Scores of the finished model on all validation samples, by name, the main one first; leaves predictions.jsonl.
+
+    Nothing without a head.
+    """
     if backbone.head is None or not samples:
         return {}
     logits = predict(model, samples, collate, batch_size=config.training.batch_size)
@@ -56,7 +59,8 @@ def finish(
     whole = validation_for(model, samples, collate, config, backbone, datasets)
     found = {n.removeprefix("validation_"): value for n, value in whole.scored(logits, backbone.head).items()}
     run.update(validation=found)
-    return found
+    main = str(data.metric_of(datasets.values()))
+    return {main: found["score"], **{name: value for name, value in found.items() if name not in (main, "score")}}
 
 
 def head_fact(head: Head | None) -> dict[str, Any] | None:

@@ -267,7 +267,9 @@ def _facts(
         for name, splits in datasets.items()
     ]
     measured = {"loss": result.metrics["validation_loss"]} if "validation_loss" in result.metrics else {}
-    measured |= found | ({} if after is None else {config.metric: after})
+    measured = {**found, **measured}
+    if after is not None and config.metric != "score":
+        measured[config.metric] = after
     examples = sum(len(splits.validation or ()) for splits in datasets.values())
     scores = heads.score_rows(measured, tasks[0] if len(tasks) == 1 else None, "+".join(datasets), examples)
     return {

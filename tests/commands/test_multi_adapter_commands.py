@@ -66,13 +66,19 @@ class TestExpertsWithHeads:
         card = load_expert(runs / "majority_a").card
         assert card.head == {"type": "classification", "labels": ["no", "yes"]}
         assert card.adapter["full_modules"] == ["classifier"]
-        assert {row["metric"] for row in card.scores} == {"loss", "accuracy", "score"}
+        assert [row["metric"] for row in card.scores] == ["accuracy", "loss"]  # the main one first
 
     def test_the_score_of_the_best_step_is_that_of_the_weights_that_were_kept(self, runs):
         told = facts(runs / "majority_a")
         lines = map(json.loads, (runs / "majority_a" / "metrics.jsonl").read_text().splitlines())
         best = [line for line in lines if line["step"] == told["result"]["best_step"] and "validation_score" in line]
         assert told["validation"]["score"] == best[0]["validation_score"] == told["result"]["best_score"]
+
+    def test_the_library_shows_the_main_score_and_the_labels(self, runs, capsys):
+        mole("library", "list", str(runs / "library"))
+        assert "accuracy" in capsys.readouterr().out
+        mole("library", "show", str(runs / "library"), "majority_a")
+        assert "no, yes" in capsys.readouterr().out
 
     def test_predictions_are_those_of_the_expert_in_a_fresh_model(self, runs):
         backbone, samples = validation(runs)

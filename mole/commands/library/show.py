@@ -37,6 +37,7 @@ def _rows(card: Card) -> list[tuple[str, str]]:
     rows += [("description", card.description)] if card.description else []
     rows += [("backbone", card.backbone.name), ("backbone shapes", card.backbone.shapes or "unknown")]
     rows += [(f"adapter {key}", _text(value)) for key, value in (card.adapter or {}).items() if value not in (None, [])]
+    rows += [(f"head, {card.head['type']}", ", ".join(card.head["labels"]) or "a number")] if card.head else []
     rows += [("tags", ", ".join(card.tags))] if card.tags else []
     rows += [("license", card.license or "none given")]
     rows += [("author", card.author)] if card.author else []
