@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from mole.xlora.building import describe
 from mole.xlora.card import BaseFacts
@@ -173,6 +181,9 @@ def _with_subfolders(adapters: Any, subfolders: Sequence[str | None] | None) -> 
 def load_model(model_name: str, *args: Any, **named: Any) -> tuple[Any, Any]:
     """(model, tokenizer): an X-LoRA checkpoint on its base model, both from folders or the Hub.
 
+    The base model is loaded with the head that it was saved with: of a causal or masked language model, an encoder and
+    decoder, or a classifier.
+
     Late: (model_name = the X-LoRA, device, dtype, adapters, use_flash_attention_2, load_xlora, verbose,
     from_safetensors), with the base model named by the checkpoint. Early: (model_name = the base model,
     fine_tune_model_name = the X-LoRA, device, dtype, adapters, use_flash_attention_2, load_xlora, verbose, use_cache).
@@ -213,6 +224,20 @@ def _base_of(xlora_name: str, given: Mapping[str, Any]) -> str:
     return base
 
 
+# The end of an architecture's name → what loads it; a causal language model where none fits.
+_LOADERS: dict[str, Any] = {
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForMaskedLM": AutoModelForMaskedLM,
+    "ForConditionalGeneration": AutoModelForSeq2SeqLM,
+}
+
+
+def _class_of(name: str, common: Mapping[str, Any]) -> Any:
+    """What loads the base model with the head that its checkpoint has."""
+    architectures = AutoConfig.from_pretrained(name, **common).architectures or [""]
+    return next((kind for end, kind in _LOADERS.items() if architectures[0].endswith(end)), AutoModelForCausalLM)
+
+
 def _base_model(name: str, given: Mapping[str, Any]) -> tuple[Any, Any]:
     local, device = bool(given.get("local_files_only", False)), given.get("device")
     dtype = given.get("dtype")
@@ -220,11 +245,13 @@ def _base_model(name: str, given: Mapping[str, Any]) -> tuple[Any, Any]:
     if given.get("use_flash_attention_2"):
         options["attn_implementation"] = "flash_attention_2"
     common = {"trust_remote_code": bool(given.get("trust_remote_code", False)), "local_files_only": local}
-    model = AutoModelForCausalLM.from_pretrained(name, **options, **common)
+    model = _class_of(name, common).from_pretrained(name, **options, **common)
     if device is not None:
         torch.nn.Module.to(model, torch.device(device))
     if given.get("use_cache") is not None:
-        model.config.use_cache = model.generation_config.use_cache = bool(given["use_cache"])
+        model.config.use_cache = bool(given["use_cache"])
+        if model.can_generate():
+            model.generation_config.use_cache = model.config.use_cache
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side=given.get("padding_side", "right"), **common)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

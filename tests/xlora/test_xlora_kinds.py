@@ -8,7 +8,9 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 from xlora_cases import ids, llama, randomise
 
 from mole import xlora
@@ -114,3 +116,19 @@ def test_heads_of_experts_follow_the_policy_and_come_back(policy, tmp_path):
         path.write_bytes(bytes(data))
         with pytest.raises(ValueError, match="modules_to_save.safetensors: expected the file"):
             xlora.from_pretrained(tmp_path / "x", classifier())
+
+
+def test_load_model_loads_a_classifier_with_its_head(tmp_path):
+    base = tmp_path / "base"
+    classifier().save_pretrained(base)
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, "once": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(base)
+    options = {"task_type": "SEQ_CLS", "target_modules": ["q_proj"]}  # PEFT trains the head along
+    adapters = {name: made_by_peft(tmp_path / name, classifier, seed, **options) for seed, name in enumerate("ab")}
+    fields = {"xlora_depth": 1, "modules_to_save": "mean", "adapters": adapters}
+    config = xlora.xLoRAConfig(32, base_model_id=str(base), **fields)
+    model = randomise(xlora.add_xlora_to_model(classifier(), config))
+    model.save_pretrained(tmp_path / "x")
+    loaded, _ = xlora.xlora_utils.load_model(str(tmp_path / "x"), "cpu", torch.float32)
+    assert logits(loaded).shape == (len(ids()), 3)
+    assert torch.equal(logits(loaded), logits(model))
