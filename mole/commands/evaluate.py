@@ -61,6 +61,8 @@ def run(config: Evaluate) -> float | None:
     """
     run = RunFolder(config.run.folder)
     backbone = heads.backbone_for(config, chosen_datasets(config))
+    for name, card in mixtures.cards_at(config.model).items():
+        heads.check_head(name, card, backbone.head)
     model = mixtures.open_model(config.model, backbone, allow_other_backbone=config.allow_other_backbone)
     library = _library(config, model) if config.publish_scores else None
     datasets = data.load_many(

@@ -5,7 +5,7 @@ from mole.mixtures.banks import LoraBank
 from mole.mixtures.files import Origin, experts_in, load_mixture, origins_of, save_mixture
 from mole.mixtures.listening import own_statistics
 from mole.mixtures.model import MultiExpertModel
-from mole.mixtures.opening import experts_of, mixture_folder, mixture_of, open_model, pinned, referred
+from mole.mixtures.opening import cards_at, experts_of, mixture_folder, mixture_of, open_model, pinned, referred
 from mole.mixtures.two_pass.cache import TwoStreamCache
 from mole.mixtures.wrapping import MixtureOptions
 
@@ -16,6 +16,7 @@ __all__ = [
     "MultiExpertModel",
     "Origin",
     "TwoStreamCache",
+    "cards_at",
     "experts_in",
     "experts_of",
     "load_mixture",

@@ -11,7 +11,7 @@ from typing import Any
 
 from mole.adapters import Adapter
 from mole.backbones import Backbone
-from mole.experts import Expert, ExpertLibrary, LibraryError, check_backbone, load_expert
+from mole.experts import Card, Expert, ExpertLibrary, LibraryError, check_backbone, load_expert
 from mole.experts.address import split_expert
 from mole.experts.folder import has_card, read_card
 from mole.mixtures.exploding import exploded, parent_of
@@ -51,6 +51,16 @@ def open_model(place: str, backbone: Backbone, *, allow_other_backbone: bool = F
         allow_other_backbone=allow_other_backbone,
         modules_to_save=policy,
     ).eval()
+
+
+def cards_at(place: str) -> dict[str, Card]:
+    """The cards of what `open_model` opens at `place`: of the mixture, the expert, or each expert of the library."""
+    folder = Path(place).expanduser()
+    if (mixture := _mixture_in(folder)) is not None:
+        return {folder.name: read_card(mixture)}
+    if (library := _library_at(place)) is not None:
+        return {name: card for name, card in library.cards().items() if card.kind == "adapter"}
+    return {folder.name: load_expert(place).card}
 
 
 def _policy(experts: dict[str, Expert]) -> str:

@@ -225,6 +225,14 @@ class TestEvaluate:
         assert main(["evaluate", *words, "metric=exact_match"]) == 2
         assert "loss or score" in capsys.readouterr().err
 
+    def test_a_head_of_other_labels_is_refused_though_it_has_as_many(self, runs, tmp_path, capsys):
+        (tmp_path / "other.jsonl").write_text('{"text": "w10", "label": "x"}\n{"text": "w20", "label": "y"}\n' * 5)
+        words = [*ON, "dataset=classification", f"dataset.path={tmp_path / 'other.jsonl'}"]
+        for model in ("multi", "majority_a", "library"):
+            place = [f"model={runs / model}", f"run.folder={tmp_path / 'table'}"]
+            assert main(["evaluate", *words, *place]) == 2
+            assert "labels and their order have to be the same" in capsys.readouterr().err
+
     def test_the_random_encoder_writes_no_text(self, tmp_path, capsys):
         words = ["train-expert", *ON, "dataset=reverse", f"run.folder={tmp_path / 'run'}"]
         assert main(words) == 2
