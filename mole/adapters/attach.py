@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mole.adapters.adapter import Adapter, AdapterLayer
-from mole.adapters.bottleneck import OutputLayer
+from mole.adapters.bottleneck import OutputLayer, SplitLayer
 from mole.adapters.norm import NormLayer
 from mole.adapters.places import placed, symbolic
 from mole.backbones.modules import ALL_LINEAR, replace_module
@@ -26,11 +26,11 @@ def layers(model: nn.Module) -> dict[str, AdapterLayer]:
     for path, module in model.named_modules():
         if not isinstance(module, AdapterLayer):
             continue
-        if outer and path.startswith(f"{outer}.base."):  # a norm inside an output module
-            found[f"{outer}.{path.removeprefix(f'{outer}.base.')}"] = module
+        if outer and f"{path}.".startswith(f"{outer}.base."):  # a norm inside an output module, or with a bottleneck
+            found[f"{outer}{path.removeprefix(f'{outer}.base')}"] = module
         else:
             outer = path
-            found[path] = module
+            found[module.split.path if isinstance(module, SplitLayer) else path] = module
     return found
 
 
@@ -123,6 +123,9 @@ def detach(model: nn.Module) -> Adapter:
     """Take the adapter off: the wrapped modules stand in their places again, the same objects. Returns the adapter."""
     adapter = extract(model)
     for path, layer in layers(model).items():  # what is inside another one after it
+        if isinstance(layer, SplitLayer):
+            layer.part()
+            path = str(layer.split.norm)
         replace_module(model, path, layer.base)
     return adapter
 
@@ -155,8 +158,14 @@ def _put(model: nn.Module, made: dict[str, AdapterLayer]) -> dict[str, AdapterLa
         if outer and not (isinstance(layer, NormLayer) and isinstance(made[outer], OutputLayer)):
             raise ValueError(f"{path} is a part of {outer}, which is adapted too: choose one of them")
     model.requires_grad_(False)
-    for path, layer in sorted(made.items(), key=lambda row: -row[0].count(".")):  # parts before the whole
+    splits = {str(layer.split.norm): layer for layer in made.values() if isinstance(layer, SplitLayer)}
+    for path, layer in splits.items():
         replace_module(model, path, layer)
+    rest = {path: layer for path, layer in made.items() if not isinstance(layer, SplitLayer)}
+    for path, layer in sorted(rest.items(), key=lambda row: -row[0].count(".")):  # parts before the whole
+        replace_module(model, f"{path}.base" if path in splits else path, layer)
+    for layer in splits.values():
+        layer.join(model)
     return made
 
 

@@ -26,10 +26,13 @@ from mole.adapters.bottleneck_config import HoulsbyConfig, ParallelConfig, Pfeif
 from mole.adapters.bottleneck_sites import chosen_norms, chosen_sites, first_weights, module_of, size_at
 from mole.adapters.norm import NormLayer, NormWeights
 from mole.adapters.places import width_of
+from mole.backbones.joint import Joint
 from mole.backbones.modules import device_of, in_out_features, kind_of
+from mole.backbones.sites import Site, split_at
 from mole.registry import ADAPTERS, unknown
 
-# Of a linear module, or a whole sub-layer: its output, its input. Of a post-norm output module: h, LN(h + x), x.
+# Of a linear module, or a whole sub-layer: its output, its input. Where a norm closes the sub-layer, at the output
+# module or the last linear map that stands for a split site: h, LN(h + x), x.
 READS = ("output", "input", "h", "normed", "x")
 POST_NORM = READS[2:]
 
@@ -83,8 +86,10 @@ class BottleneckWeights(Weights):
 
     def misfit(self, module: nn.Module, model: nn.Module) -> str | None:
         d_in, d_out = widths(module, model)
-        if is_output(module) != (self.reads in POST_NORM):
-            what = "the output module of a post-norm block" if self.reads in POST_NORM else "a module without a norm"
+        post_norm = self.reads in POST_NORM
+        closed = is_output(module) or (post_norm and split_at(model, module) is not None)
+        if closed != post_norm:
+            what = "the output module of a post-norm block" if post_norm else "a module without a norm"
             return f"made for {what}, which a {type(module).__name__} is not"
         made_for = (self.down.shape[1], self.up.shape[0])
         here = (d_in if self.reads == "input" else d_out, d_out)
@@ -93,7 +98,8 @@ class BottleneckWeights(Weights):
         return None
 
     def _layer(self, base: nn.Module, dropout: float, model: nn.Module) -> BottleneckLayer:
-        return (OutputLayer if is_output(base) else BottleneckLayer)(base, self, dropout)
+        site = split_at(model, base) if self.reads in POST_NORM else None
+        return _layer_at(base, self, dropout, site, model)
 
 
 def is_output(module: nn.Module) -> bool:
@@ -156,9 +162,41 @@ class OutputLayer(BottleneckLayer):
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:  # type: ignore[override]
         """`hidden_states` [..., d_in] of the sub-layer, `input_tensor` x [..., d] → [..., d]."""
         h = self.base.dropout(self.base.dense(hidden_states))  # type: ignore[operator]
-        norm: Any = self.base.LayerNorm
-        total = h + input_tensor
-        return norm(total + added(self, seen_at(self.reads, h, input_tensor, total, norm), self.dropout))
+        return _closed(self, self.base.LayerNorm, h, input_tensor, h + input_tensor)
+
+
+class SplitLayer(BottleneckLayer):
+    """The norm that closes a split site with a bottleneck before it. It works once `join` has been called."""
+
+    def __init__(self, base: nn.Module, weights: BottleneckWeights, dropout: float, site: Site):
+        super().__init__(base, weights, dropout)
+        self.split, self.joint = site, None
+
+    def join(self, model: nn.Module) -> None:
+        """From now on what the sub-layer of `model` reads and gives is seen."""
+        self.joint = Joint(model, self.split)
+
+    def part(self) -> None:
+        """The end of that."""
+        if self.joint is not None:
+            self.joint.remove()
+
+    def forward(self, total: Tensor) -> Tensor:  # type: ignore[override]
+        """`total` h + x [..., d] → the same shape."""
+        assert self.joint is not None, "join comes first"
+        return _closed(self, self.base, *self.joint.take(), total)
+
+
+def _closed(layer: Any, norm: Any, h: Tensor, x: Tensor, total: Tensor) -> Tensor:
+    """LN(h + x + u(z)) of a layer at a post-norm site; `total` is h + x."""
+    return norm(total + added(layer, seen_at(layer.reads, h, x, total, norm), layer.dropout))
+
+
+def _layer_at(base: nn.Module, weights: Any, dropout: float, site: Site | None, model: nn.Module) -> BottleneckLayer:
+    """The layer for a bottleneck at `base`, the last linear map of the split site `site` if one is given."""
+    if site is not None and site.norm is not None:
+        return SplitLayer(model.get_submodule(site.norm), weights, dropout, site)
+    return (OutputLayer if is_output(base) else BottleneckLayer)(base, weights, dropout)
 
 
 def seen_at(reads: str, h: Tensor, x: Tensor, total: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
@@ -177,28 +215,21 @@ def new_bottleneck(config: Any, model: nn.Module) -> dict[str, Maker]:
     for path, module in modules.items():
         for site in sites:
             if path == module_of(site, config.placement):
-                make = partial(_new, module, model, config, size_at(site, config, width_of(model)), site.kind)
-                made[path] = make
+                made[path] = partial(_new, module, model, config, size_at(site, config, width_of(model)), site)
     for path in chosen_norms(config, model, sites):
         made[path] = partial(_new_norm, modules[path])
     return made
 
 
-_READS = {
-    ("houlsby", "output"): "h",
-    ("pfeiffer", "output"): "normed",
-    ("parallel", "output"): "x",
-    ("houlsby", "linear"): "output",
-    ("pfeiffer", "linear"): "output",
-    ("parallel", "linear"): "input",
-}
+_CLOSED = {"houlsby": "h", "pfeiffer": "normed", "parallel": "x"}
+_OPEN = {"houlsby": "output", "pfeiffer": "output", "parallel": "input"}
 
 
 def _new(
-    base: nn.Module, model: nn.Module, config: Any, size: int, kind: str, generator: torch.Generator
+    base: nn.Module, model: nn.Module, config: Any, size: int, site: Site, generator: torch.Generator
 ) -> BottleneckLayer:
     d_in, d_out = widths(base, model)
-    reads = _READS[config.placement, kind]
+    reads = (_OPEN if site.kind == "linear" else _CLOSED)[config.placement]
     learned = config.scale == "learned"
     weights = BottleneckWeights(
         *first_weights(config, size, d_in if reads == "input" else d_out, d_out, generator),
@@ -207,7 +238,7 @@ def _new(
         scale=1.0 if learned else float(config.scale),
         reads=reads,
     )
-    return (OutputLayer if kind == "output" else BottleneckLayer)(base, weights, config.dropout)
+    return _layer_at(base, weights, config.dropout, site if site.kind == "split" else None, model)
 
 
 def _new_norm(base: nn.Module, generator: torch.Generator) -> NormLayer:

@@ -3,6 +3,7 @@
 h is what a sub-layer computes (after its dropout), x the residual that is added to it, LN the norm that closes it.
 
 output  LN(h + x) in one module with the parts dense, dropout and LayerNorm (post-norm)
+split   LN(h + x) in the block's own forward: the norm is given the sum alone, so x and h are taken where they pass
 linear  h + x, h the last linear map's: nothing closes it (pre-norm, parallel residuals)
 """
 
@@ -17,22 +18,30 @@ from torch import nn
 
 from mole.registry import nearest, unknown
 
-Kind = Literal["output", "linear"]
+Kind = Literal["output", "linear", "split"]
 PARTS = ("attention", "ffn")
 
 
 class Place(NamedTuple):
-    """Where one kind of sub-layer is: `end` the module of the site, in its block: output module or last linear map."""
+    """Where one kind of sub-layer is, in its block: `end` the module of the site, output module or last linear map.
+
+    Of a split one: `norm` closes it, x is the input of `reads`, h the output of `gives`.
+    """
 
     kind: Kind
     end: str
+    norm: str = ""
+    reads: str = ""
+    gives: str = ""
 
 
 @dataclass(frozen=True)
 class Site:
     """One place: `path` of its module, `layer` its block from 0.
 
-    `norm` what closes it (output); `whole` the sub-layer's module, which reads its input (linear).
+    `norm` what closes it (output, split); `whole` the sub-layer's module, which reads its input (linear). Of a split
+    one `path` is the last linear map, by which experts name the site; x is the first input of the module `reads`, h the
+    output of `gives`, or the first of several.
     """
 
     path: str
@@ -41,6 +50,8 @@ class Site:
     layer: int
     norm: str | None = None
     whole: str | None = None
+    reads: str = ""
+    gives: str = ""
 
 
 def _linear(attention: str, ffn: str) -> dict[str, Place]:
@@ -57,8 +68,17 @@ FAMILIES: dict[str, dict[str, Place]] = {
     "phi": _linear("self_attn.dense", "mlp.fc2"),
     "modernbert": _linear("attn.Wo", "mlp.Wo"),
     "vit": _linear("attention.o_proj", "mlp.fc2"),
+    "distilbert": {
+        "attention": Place("split", "attention.out_lin", "sa_layer_norm", "attention", "attention"),
+        "ffn": Place("split", "ffn.lin2", "output_layer_norm", "ffn", "ffn"),
+    },
+    "mpnet": {
+        "attention": Place("split", "attention.attn.o", "attention.LayerNorm", "attention.attn", "attention.dropout"),
+        "ffn": _OUTPUT["ffn"],
+    },
 }
 _OUTPUT_PARTS = ("dense", "dropout", "LayerNorm")
+_JOINED = ("norm", "reads", "gives")
 
 
 def model_type(model: Any) -> str:
@@ -90,16 +110,35 @@ def _by_family(model: Any) -> list[Site]:
             f"where the sub-layers of a {kind} end is not known: {unknown('model_type', kind, FAMILIES)}; say it with "
             "adapter.sites={attention: <regex>, ffn: <regex>, kind: linear}"
         )
-    found = []
-    for part in PARTS:
-        place = FAMILIES[kind][part]
-        pattern = re.compile(rf"(?:.+\.)?(?:layers?|h)\.(?P<layer>\d+)\.{re.escape(place.end)}", re.ASCII)
-        for path, _ in model.named_modules():
-            if match := pattern.fullmatch(path):
-                found.append(_site(path, place.kind, part, int(match["layer"])))
+    found = _in_table(model, FAMILIES[kind])
     if not found:
         raise ValueError(f"a {type(model).__name__} has none of the modules that a {kind} ends its sub-layers with")
     return sorted(found, key=_order)
+
+
+def _in_table(model: Any, family: Mapping[str, Place]) -> list[Site]:
+    found = []
+    for part, place in family.items():
+        pattern = re.compile(rf"((?:.+\.)?(?:layers?|h)\.(\d+)\.){re.escape(place.end)}", re.ASCII)
+        for path, _ in model.named_modules():
+            if (match := pattern.fullmatch(path)) is None:
+                continue
+            layer, names = int(match[2]), {name: f"{match[1]}{getattr(place, name)}" for name in _JOINED}
+            split = place.kind == "split"
+            found.append(Site(path, "split", part, layer, **names) if split else _site(path, place.kind, part, layer))
+    return found
+
+
+def split_sites(model: Any) -> list[Site]:
+    """The split sites of a model, in execution order; none of families that have none, or that are not known."""
+    family = FAMILIES.get(model_type(model), {}) if hasattr(model, "config") else {}
+    places = {part: place for part, place in family.items() if place.kind == "split"}
+    return sorted(_in_table(model, places), key=_order)
+
+
+def split_at(model: Any, module: nn.Module) -> Site | None:
+    """The split site of `model` whose last linear map is `module`; None if there is none."""
+    return next((site for site in split_sites(model) if model.get_submodule(site.path) is module), None)
 
 
 def _site(path: str, kind: Kind, part: str, layer: int) -> Site:

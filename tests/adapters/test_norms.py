@@ -92,7 +92,7 @@ def test_an_expert_with_norms_is_saved_and_loaded_bit_for_bit(tmp_path):
     assert {type(part) for part in loaded.modules.values()} == {NormWeights, BottleneckWeights}
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "llama"])
 def test_of_experts_alike_norms_and_bottlenecks_are_averaged(family):
     one, other = (extract(moved(adapted(family, "houlsby")[0], seed)) for seed in (1, 2))
     found = merge({"a": one, "b": other}, LinearConfig(weights={"a": 0.25, "b": 0.75}), dtype="float64").adapter

@@ -18,6 +18,10 @@ BUILD = {
     "camembert": lambda: t.CamembertForMaskedLM(t.CamembertConfig(**TEXT)),
     "electra": lambda: t.ElectraForSequenceClassification(t.ElectraConfig(**TEXT, embedding_size=16)),
     "deberta-v2": lambda: t.DebertaV2ForSequenceClassification(t.DebertaV2Config(**TEXT)),
+    "distilbert": lambda: t.DistilBertForSequenceClassification(
+        t.DistilBertConfig(dim=16, hidden_dim=24, n_heads=2, n_layers=12, vocab_size=32)
+    ),
+    "mpnet": lambda: t.MPNetForSequenceClassification(t.MPNetConfig(**TEXT)),
     "modernbert": lambda: t.ModernBertForSequenceClassification(t.ModernBertConfig(**TEXT, **MARKS)),
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**GROUPED)),
     "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**GROUPED)),
@@ -56,6 +60,10 @@ def test_the_table_finds_two_sites_a_block_attention_first_blocks_in_the_order_o
         if site.kind == "output":
             assert site.norm == f"{site.path}.LayerNorm"
             assert is_norm(modules[site.norm])
+        elif site.kind == "split":
+            assert is_norm(modules[site.norm])
+            assert modules[site.path].weight.shape[0] == 16
+            assert {site.reads, site.gives} <= set(modules)
         else:
             assert modules[site.path].weight.dim() == 2
             assert site.path.startswith(f"{site.whole}.")
@@ -133,6 +141,3 @@ def test_a_wrong_override_is_refused_with_the_field(words, message):
 def test_an_unknown_family_is_refused_with_the_known_ones_and_the_field_to_set():
     with pytest.raises(ValueError, match=r"model_type 't5'.*known: .*llama.*adapter.sites="):
         sites_of(small_t5())
-    distil = t.DistilBertModel(t.DistilBertConfig(dim=16, hidden_dim=24, n_heads=2, n_layers=1, vocab_size=32))
-    with pytest.raises(ValueError, match="distilbert"):
-        sites_of(distil)
