@@ -78,7 +78,10 @@ def one_expert(
     kept = {name: experts[name] for name in names}
     by_path = {path: row[used].tolist() for path, row in weights.items()}
     parameters = getattr(config, "combine", "outputs") == "parameters"
-    _check(kept, by_path, parameters, gate_lora_bias)
+    alone = len(kept) == 1 and all(row == [1.0] for row in by_path.values())
+    _check(kept, alone, parameters, gate_lora_bias)
+    if alone:  # norms, and bottlenecks of split sites, are mixed at a site of another name
+        by_path |= {path: [1.0] for path in kept[names[0]].modules}
     settings = LinearConfig(
         space="factors" if parameters else "delta",
         missing="mean_present" if getattr(config, "missing", "drop") == "renormalise" else "zero",
@@ -94,11 +97,8 @@ def with_modules(merged: Merged, modules: Mapping[str, nn.Module]) -> Merged:
     return replace(merged, adapter=replace(merged.adapter, full_modules=states, full_names=names))
 
 
-def _check(
-    experts: Mapping[str, Adapter], weights: Mapping[str, Sequence[float]], parameters: bool, gate_lora_bias: bool
-) -> None:
-    """Raises ValueError for what no linear merge does exactly."""
-    alone = len(experts) == 1 and all(row == [1.0] for row in weights.values())
+def _check(experts: Mapping[str, Adapter], alone: bool, parameters: bool, gate_lora_bias: bool) -> None:
+    """Raises ValueError for what no linear merge does exactly; `alone` one expert has all the weight everywhere."""
     for name, adapter in experts.items():
         for path, part in adapter.modules.items():
             linear = isinstance(part, LoraWeights) or adapter.method == "ia3"
