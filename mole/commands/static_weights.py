@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from mole.routers import MultiAdapterRouter, StaticRouter
-from mole.routers.multi_adapter import sub_layers
 from mole.routing.weights_log import WEIGHTS, WeightsLog
 from mole.run_folder import RunFolder
 from mole.training import summed_factors, total_steps
@@ -33,7 +32,7 @@ def weights_logged(
     total = total_steps(config.training, samples)
     groups, sites = router.groups, list(router.sites)
     if isinstance(router, MultiAdapterRouter):
-        shown = sub_layers(sites)
+        shown = router.sub_layers
         place = {site: index for index, site in enumerate(shown)}
         groups = {name: [place[sites[i]] for i in members if sites[i] in place] for name, members in groups.items()}
         sites = shown

@@ -72,13 +72,15 @@ class MixtureShape:
     """What a router may know of the mixture that it serves; the order of experts is the mixture's, never sorted.
 
     `expert_tasks` the tasks that each expert's card lists. `sites` the paths of the L mixed modules, in the backbone's
-    order. `hidden_size` H, the width of the backbone's last hidden state.
+    order. `hidden_size` H, the width of the backbone's last hidden state. `closing` those of the sites that are norms
+    and stand for the whole sub-layer that they close.
     """
 
     expert_names: tuple[str, ...]
     expert_tasks: tuple[tuple[str, ...], ...]
     sites: tuple[str, ...]
     hidden_size: int
+    closing: tuple[str, ...] = ()
 
     @property
     def num_experts(self) -> int:

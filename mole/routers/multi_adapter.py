@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -76,12 +76,12 @@ def is_norm_site(path: str) -> bool:
     return bool(_NORM.search(path.rpartition(".")[2]))
 
 
-def sub_layers(sites: Sequence[str]) -> list[str]:
+def sub_layers(sites: Sequence[str], closing: Collection[str] = ()) -> list[str]:
     """The sites that are no norms by themselves, in the order of execution; all of them if all are norms.
 
-    A whole sub-layer stands for the modules in it.
+    A whole sub-layer stands for the modules in it, and a norm in `closing` for the sub-layer that it closes.
     """
-    found = [site for site in sites if not is_norm_site(site)]
+    found = [site for site in sites if site in closing or not is_norm_site(site)]
     return [site for site in found if not any(site.startswith(f"{outer}.") for outer in found)] or list(sites)
 
 
@@ -108,9 +108,14 @@ class MultiAdapterRouter(StaticRouter):
             if config.has_base:
                 nn.init.constant_(self.base, start)
 
+    @property
+    def sub_layers(self) -> list[str]:
+        """The sites that count where weights are shared by sub-layers."""
+        return sub_layers(self.sites, self.shape.closing)
+
     def _groups(self) -> dict[str, tuple[int, ...]]:
         """Set → indices of its sites; each norm goes with a sub-layer."""
-        owners = sub_layers(self.sites)
+        owners = self.sub_layers
         sets = [[owners[place] for place in places] for places in super()._groups_of(owners).values()]
         set_of = {site: name for name, members in enumerate(sets) for site in members}
         first_of_block: dict[str, int] = {}

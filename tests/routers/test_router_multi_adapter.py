@@ -6,6 +6,7 @@ import pytest
 import torch
 from router_cases import frame, named
 
+from mole.routers import MixtureShape
 from mole.routers.multi_adapter import MultiAdapterConfig, MultiAdapterRouter, is_norm_site, sub_layers
 from mole.routing import Routing
 
@@ -122,6 +123,18 @@ def test_a_whole_sub_layer_and_the_module_that_ends_it_share_their_weights():
     assert list(router(sites, num_groups=None).groups.values()) == [(0, 1), (2,)]
     with pytest.raises(ValueError, match="router.num_groups=3 with 2 modules"):
         router(sites, num_groups=3)
+
+
+def test_a_norm_that_stands_for_the_sub_layer_that_it_closes_is_one():
+    ends = ("sa_layer_norm", "output_layer_norm")
+    sites = ("embeddings.LayerNorm", *(f"transformer.layer.{n}.{end}" for n in range(2) for end in ends))
+    assert sub_layers(sites, sites[1:]) == list(sites[1:])
+    given = ("a", "b")
+    shape = MixtureShape(given, ((), ()), sites=sites, hidden_size=8, closing=sites[1:])
+    made = MultiAdapterRouter(MultiAdapterConfig(num_groups=None, site="module"), shape)
+    assert list(made.groups.values()) == [(0, 1), (2,), (3,), (4,)]
+    made = MultiAdapterRouter(MultiAdapterConfig(num_groups=None, site="block"), shape)
+    assert list(made.groups.values()) == [(0, 1, 2), (3, 4)]
 
 
 def test_norms_alone_are_sub_layers_themselves():
