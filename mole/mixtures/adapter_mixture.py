@@ -46,6 +46,10 @@ class MixtureLayer(nn.Module):
         """The module's path in the backbone."""
         return self.fit.site
 
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What a router of the layer reads in a call with these arguments."""
+        return args[0] if args else kwargs["hidden_states"]  # of a linear module, or of an attention
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base module's input → its output plus the experts' share."""
         parts = self._modules  # looking these up as attributes takes longer than an expert does

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mole.backbones.sites import Site
 from mole.mixtures.adapter_mixture import MixtureLayer
 from mole.mixtures.banks import CallBank, OutputBank
 from mole.mixtures.fitting import Fit
-from mole.mixtures.output_mixture import OutputMixture
+from mole.mixtures.output_mixture import OutputMixture, SplitMixture
 from mole.routing import RoutingContext
 
 
@@ -37,8 +38,12 @@ class CallMixture(MixtureLayer):
             raise ValueError(f"the routing for {self.site} has shape {tuple(weights)}, and its input {tuple(rows)}")
 
 
-def mixture_at(base: nn.Module, bank: nn.Module, fit: Fit, context: RoutingContext) -> MixtureLayer:
-    """The mixture layer on `base` for that bank."""
+def mixture_at(
+    base: nn.Module, bank: nn.Module, fit: Fit, context: RoutingContext, split: Site | None = None
+) -> MixtureLayer:
+    """The mixture layer on `base` for that bank; `split` the site that `base` closes, if it is the norm of one."""
+    if isinstance(bank, OutputBank) and split is not None:
+        return SplitMixture(base, bank, fit, context, split)
     if isinstance(bank, OutputBank):
         return OutputMixture(base, bank, fit, context)
     return (CallMixture if isinstance(bank, CallBank) else MixtureLayer)(base, bank, fit, context)

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from mole.adapters import Adapter, LoraWeights
 from mole.backbones.modules import input_output, kind_of
+from mole.mixtures.adapter_mixture import MixtureLayer
+from mole.mixtures.output_mixture import OutputMixture, SplitMixture
 
 _OFFERED = "a linear module, an embedding or a convolution"
 
@@ -111,3 +113,21 @@ def _check_base_weights(name: str, adapter: Adapter, modules: Mapping[str, nn.Mo
 
 def _article(kind: str) -> str:
     return {"linear": "a linear module", "embedding": "an embedding", "convolution": "a convolution"}[kind]
+
+
+def check_closing(layers: Mapping[str, MixtureLayer], standing: Mapping[str, Any]) -> None:
+    """Raises ValueError for a norm that closes a sub-layer and is mixed by itself too, as PEFT's experts train it."""
+    for path in (*layers, *standing):
+        outer, _, last = path.rpartition(".")
+        if last == "LayerNorm" and outer in layers and isinstance(layers[outer], OutputMixture):
+            raise closed_twice(path, outer)
+        if path in standing and isinstance(layers.get(path), SplitMixture):
+            raise closed_twice(path, path)
+
+
+def closed_twice(path: str, site: str) -> ValueError:
+    """What to raise for the norm at `path`, which is a part of the site `site`."""
+    return ValueError(
+        f"{path}: experts trained its bias, or the norm as a whole module, and others have branches at "
+        f"{site}, each with a norm of its own: leave one of these kinds out"
+    )

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mole.adapters import Adapter
-from mole.backbones.modules import replace_module
 from mole.mixtures import trainable
 from mole.mixtures.forward_routing import route
 from mole.mixtures.generation import Generation
 from mole.mixtures.listening import Listener, Observer, report
+from mole.mixtures.output_mixture import closing
 from mole.mixtures.router_building import build_router
 from mole.mixtures.two_pass.encoder_decoder import RoutedEncoder, check_widths, is_one
 from mole.mixtures.two_pass.hidden_store import HiddenStore
 from mole.mixtures.two_pass.routing_pass import Streams, can_cache, pass_inputs
 from mole.mixtures.two_pass.speculation import SpeculationReport
-from mole.mixtures.wrapping import MixtureOptions, expert_now, has_lora_bias, without_norms, wrap
+from mole.mixtures.wrapping import MixtureOptions, expert_now, has_lora_bias, unwrap, without_norms, wrap
 from mole.registry import unknown
 from mole.routers import MixtureShape, Router
 from mole.routing import Frame, Routing, RoutingContext, RoutingInputs
@@ -87,7 +87,8 @@ class MultiExpertModel(nn.Module, Generation):
         self.layers, self.stand_ins, self._outlines = wrapped.layers, wrapped.stand_ins, wrapped.outlines
         known = tuple(tuple((tasks or {}).get(name, ())) for name in experts)
         width = backbone.config.get_text_config().hidden_size
-        self.shape = MixtureShape(tuple(experts), expert_tasks=known, sites=tuple(self.layers), hidden_size=width)
+        sites = tuple(self.layers)
+        self.shape = MixtureShape(tuple(experts), known, sites=sites, hidden_size=width, closing=closing(self.layers))
         self.router: Router | None = None
         self.groups: dict[str, tuple[str, ...]] = {}  # of routers of the layers: name → the sites they serve
         self.router_config, self.streams = router_config, Streams()
@@ -159,8 +160,7 @@ class MultiExpertModel(nn.Module, Generation):
 
     def unload(self) -> PreTrainedModel:
         """Gives the backbone back: every wrapped module is the object that it was."""
-        for site, layer in {**self.layers, **self.stand_ins}.items():
-            replace_module(self.backbone, site, layer.base)
+        unwrap(self.backbone, {**self.layers, **self.stand_ins})
         self.layers, self.stand_ins = {}, {}
         return self.backbone
 

@@ -54,7 +54,7 @@ def add_flex(model: Any) -> None:
     config = model.router_config
     for site, layer in model.layers.items():
         if isinstance(layer, OutputMixture):
-            norm = layer.base.LayerNorm if config.flex_norm else None
+            norm = layer.norm if config.flex_norm else None
         elif is_norm(layer.base):
             continue
         elif layer.fit.takes == "features" and not isinstance(layer, CallMixture):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mole.adapters import Adapter, LoraWeights, NormWeights, PromptWeights, symbolic
-from mole.adapters.bottleneck import is_output
+from mole.adapters import Adapter, BottleneckWeights, LoraWeights, NormWeights, PromptWeights, symbolic
+from mole.adapters.bottleneck import POST_NORM, is_output
 from mole.backbones.modules import compute_dtype_of, device_of, kind_of, replace_module
+from mole.backbones.sites import split_sites
 from mole.mixtures.adapter_mixture import MixtureLayer
 from mole.mixtures.banks import (
     BankOfBanks,
@@ -29,11 +30,12 @@ from mole.mixtures.banks import (
 from mole.mixtures.banks.branches import Branches, Member
 from mole.mixtures.banks.lora import EXPERT_DROPOUT, EXPERT_DTYPES
 from mole.mixtures.call_mixture import mixture_at
-from mole.mixtures.checking import check
+from mole.mixtures.checking import check, check_closing, closed_twice
 from mole.mixtures.fitting import POOLED_GATES, Fit, pooling
 from mole.mixtures.full_modules import StandIn, check_policy, stand_ins
 from mole.mixtures.names import renamed
 from mole.mixtures.other_kinds import other_banks
+from mole.mixtures.output_mixture import OutputMixture, SplitMixture
 from mole.registry import unknown
 from mole.routing import RoutingContext
 
@@ -95,31 +97,34 @@ def wrap(
     check_policy(options.modules_to_save, experts)
     check(backbone, experts, modules)
     sites = _Sites(backbone, list(experts.values()), modules, options)
-    layers = {path: mixture_at(modules[path], sites.bank(path), sites.fit(path), context) for path in sites.paths}
+    layers = {
+        path: mixture_at(modules[path], sites.bank(path), sites.fit(path), context, sites.closed.get(path))
+        for path in sites.paths
+    }
     standing = stand_ins(modules, experts, options.modules_to_save, context, options.heads)
-    _check_closing(layers, standing)
+    check_closing(layers, standing)
     for path, layer in layers.items():
         layer.weighs_base = not any(_ends(layers[inner]) for inner in layers if inner.startswith(f"{path}."))
     for path, layer in reversed({**layers, **standing}.items()):  # parts of a module before the module
         replace_module(backbone, path, layer)
+    for layer in layers.values():
+        if isinstance(layer, SplitMixture):
+            layer.join(backbone)
     outlines = {name: replace(adapter, modules={}) for name, adapter in experts.items()}
     return Wrapped(layers, standing, outlines)
+
+
+def unwrap(backbone: nn.Module, wrapped: Mapping[str, Any]) -> None:
+    """Puts the modules back that layers and stand-ins, path → module, were wrapped around."""
+    for path, layer in wrapped.items():
+        if isinstance(layer, SplitMixture):
+            layer.part()
+        replace_module(backbone, path, layer.base)
 
 
 def _ends(layer: MixtureLayer) -> bool:
     """Whether bottlenecks end a sub-layer there."""
     return any(isinstance(bank, BottleneckBank) for bank in getattr(layer.bank, "banks", [layer.bank]))
-
-
-def _check_closing(layers: Mapping[str, MixtureLayer], standing: Mapping[str, StandIn]) -> None:
-    """Raises ValueError for a norm that closes a sub-layer and is mixed by itself too, as PEFT's experts train it."""
-    for path in (*layers, *standing):
-        outer, _, last = path.rpartition(".")
-        if last == "LayerNorm" and outer in layers and isinstance(layers[outer].bank, OutputBank):
-            raise ValueError(
-                f"{path}: experts trained its bias, or the norm as a whole module, and others have branches at "
-                f"{outer}, each with a norm of its own: leave one of these kinds out"
-            )
 
 
 def without_norms(experts: Mapping[str, Adapter], router_config: Any) -> Mapping[str, Adapter]:
@@ -149,7 +154,6 @@ def has_lora_bias(adapter: Adapter) -> bool:
 
 def expert_now(outline: Adapter, index: int, layers: Mapping[str, MixtureLayer]) -> Adapter:
     """The expert of that mixture index as the layers hold it now; tensors are views of theirs."""
-    weights = {site: layer.bank.weights(index) for site, layer in layers.items()}
     biases, full = dict(outline.biases), dict(outline.full_modules)
     for site, layer in layers.items():
         if isinstance(layer.bank, LoraBank):
@@ -158,10 +162,14 @@ def expert_now(outline: Adapter, index: int, layers: Mapping[str, MixtureLayer])
             biases[site] = bias
         if (module := layer.bank.full_module(index)) is not None:
             full[site] = module
-    modules = {site: part for site, part in weights.items() if part is not None}
+    modules, norms = {}, {}
     for site, layer in layers.items():
-        if isinstance(layer.bank, OutputBank) and (norm := layer.bank.norm_of(index)) is not None:
-            modules[f"{site}.LayerNorm"] = norm
+        closes = isinstance(layer, OutputMixture)
+        if (part := layer.bank.weights(index)) is not None:
+            modules[layer.bottleneck_path if closes else site] = part
+        if closes and (norm := layer.bank.norm_of(index)) is not None:
+            norms[layer.norm_path] = norm
+    modules |= norms
     return symbolic(replace(outline, modules=modules, biases=biases, full_modules=full))
 
 
@@ -185,12 +193,16 @@ class _Sites:
         self.biases = [_changed_biases(adapter, modules) for adapter in experts]
         mixes = options.modules_to_save == "mix"
         self.full = [adapter.full_modules if mixes else {} for adapter in experts]
+        self.splits = {site.path: site for site in split_sites(backbone)}
         wanted = {self._site(path, part) for adapter in experts for path, part in adapter.modules.items()}
+        self.closed = {site.norm: site for site in self.splits.values() if site.norm in wanted}
         wanted |= {path for parts in [*self.biases, *self.full] for path in parts}
         self.paths = [path for path in modules if path in wanted]
 
     def _site(self, path: str, weights: Any) -> str:
-        """Where a part of an expert is mixed: the norm of an output module with it."""
+        """Where a part of an expert is mixed: an output module's norm with it, parts of a split site at its norm."""
+        if isinstance(weights, BottleneckWeights) and weights.reads in POST_NORM and path in self.splits:
+            return str(self.splits[path].norm)
         outer = path.rpartition(".")[0]
         if isinstance(weights, NormWeights) and path.endswith(".LayerNorm") and is_output(self.modules[outer]):
             return outer
@@ -218,11 +230,14 @@ class _Sites:
     def bank(self, path: str) -> nn.Module:
         """The experts at `path`, on the device of its module."""
         module, count = self.modules[path], len(self.experts)
+        if path in self.closed and any(path in parts for parts in [*self.biases, *self.full]):
+            raise closed_twice(path, path)
         if full := {i: parts[path] for i, parts in enumerate(self.full) if path in parts}:
             if kind_of(module) == "convolution" or any(path in parts for parts in self.biases):
                 raise ValueError(f"modules_to_save=mix: {path}: convolutions, and modules with biases, cannot be mixed")
             return _at(path, lambda: ModuleBank(full, count, base=module)).to(device_of(module))
-        banks = [self._branches(path)] if is_output(module) else self._banks(path, module)
+        branches = is_output(module) or path in self.closed
+        banks = [self._branches(path)] if branches else self._banks(path, module)
         for bank in banks:
             if not isinstance(bank, LoraBank | Branches):  # which see to it themselves
                 bank.own_dtype = EXPERT_DTYPES[self.options.expert_dtype]
@@ -230,19 +245,22 @@ class _Sites:
         return bank.to(device_of(module))
 
     def _branches(self, path: str) -> OutputBank:
-        """The experts' branches at an output module. Raises ValueError for other kinds of experts there."""
+        """The experts' branches at an output module, or at the norm of a split site."""
         dtype = torch.promote_types(compute_dtype_of(self.modules[path]), torch.float32)
         drops = self.options.expert_dropout != "off"
-        members = {}
+        members, split = {}, self.closed.get(path)
+        names = (path, f"{path}.LayerNorm") if split is None else (split.path, path)
         for index, adapter in enumerate(self.experts):
-            small, norm = adapter.modules.get(path), adapter.modules.get(f"{path}.LayerNorm")
+            small, norm = (adapter.modules.get(name) for name in names)
+            small = small if self._site(names[0], small) == path else None  # a LoRA may be at a last linear map
             if small is not None or norm is not None:
                 members[index] = Member(small, norm, dtype, adapter.dropout if drops else 0.0)
         return OutputBank(members, len(self.experts))
 
     def _banks(self, path: str, module: nn.Module) -> list:
         options, count, kind = self.options, len(self.experts), kind_of(module)
-        every = {i: a.modules[path] for i, a in enumerate(self.experts) if path in a.modules}
+        found = {i: a.modules[path] for i, a in enumerate(self.experts) if path in a.modules}
+        every = {i: weights for i, weights in found.items() if self._site(path, weights) == path}
         here = {i: weights for i, weights in every.items() if isinstance(weights, LoraWeights)}
         dtype = EXPERT_DTYPES[options.expert_dtype] or compute_dtype_of(module)
         drops = {"dropout": {i: self.experts[i].dropout for i in every}, "expert_dropout": options.expert_dropout}

@@ -7,6 +7,7 @@ from mole.adapters import attach, attach_weights, extract, layers
 from mole.backbones import Backbone
 from mole.backbones.load import shapes_digest
 from mole.mixtures import MultiExpertModel
+from mole.mixtures.output_mixture import SplitMixture
 from mole.registry import ADAPTERS
 from mole.routers.multi_adapter import MultiAdapterConfig
 
@@ -21,6 +22,12 @@ BUILD = {
     "deberta-v2": lambda: t.DebertaV2ForSequenceClassification(
         t.DebertaV2Config(**TEXT, **WIDE, **RELATIVE, position_buckets=4)
     ),
+    "distilbert": lambda: t.DistilBertForSequenceClassification(
+        t.DistilBertConfig(
+            dim=16, hidden_dim=24, n_heads=2, n_layers=2, vocab_size=32, pad_token_id=0, num_labels=3, **WIDE
+        )
+    ),
+    "mpnet": lambda: t.MPNetForSequenceClassification(t.MPNetConfig(**TEXT, **WIDE)),
     "modernbert": lambda: t.ModernBertForSequenceClassification(
         t.ModernBertConfig(**TEXT, cls_token_id=1, sep_token_id=2)
     ),
@@ -30,9 +37,15 @@ BUILD = {
         t.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, pad_token_id=0, num_labels=3, bos_token_id=1)
     ),
 }
+SPLIT = {
+    "attention.out_lin": ("attention.q_lin", "attention.out_lin", "sa_layer_norm"),
+    "ffn.lin2": ("ffn.lin1", "ffn.dropout", "output_layer_norm"),
+    "attention.attn.o": ("attention.attn.q", "attention.dropout", "attention.LayerNorm"),
+}
 HEADS = {
     "bert": ("classifier", "bert.pooler"),
     "deberta-v2": ("classifier", "pooler"),
+    "distilbert": ("classifier", "pre_classifier"),
     "modernbert": ("classifier", "head"),
     **dict.fromkeys(("llama", "qwen3", "gpt2"), ("score",)),
 }
@@ -46,6 +59,14 @@ IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [10, 11, 12, 13, 14, 0, 0]])
 MASK = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
 BATCH = {"input_ids": IDS, "attention_mask": MASK}
 LABELS = torch.tensor([0, 2])
+
+
+def split_of(path):
+    """Paths of the modules where x, h and the norm of a split site are: the first that reads x, the last to give h."""
+    for end, parts in SPLIT.items():
+        if path.endswith(f".{end}"):
+            return tuple(f"{path.removesuffix(end)}{part}" for part in parts)
+    raise ValueError(path)
 
 
 def backbone(family, dtype=torch.float32):
@@ -116,3 +137,24 @@ def saved_backbone(family, model=None):
     """As the commands have it: what is written with a mixture, and what a mixture is loaded on."""
     plain = backbone(family)
     return Backbone(plain if model is None else model, None, f"tests/{family}", None, shapes_digest(backbone(family)))
+
+
+def ending(layer, given):
+    """h and x at a site that a norm closes; of a split one as `noted` gives them."""
+    if isinstance(layer, SplitMixture):
+        return given
+    return layer.base.dense(given[0]), given[1]
+
+
+def noted(model, seen):
+    """Site → what goes in and comes out, in every forward from now on; of split sites h and x go in."""
+    for site, layer in model.layers.items():
+        held = {}
+        if isinstance(layer, SplitMixture):
+            reads, gives, _ = split_of(layer.split.path)
+            backbone = model.backbone
+            backbone.get_submodule(reads).register_forward_hook(lambda m, a, out, held=held: held.update(x=a[0]))
+            backbone.get_submodule(gives).register_forward_hook(lambda m, a, out, held=held: held.update(h=out))
+        layer.register_forward_hook(
+            lambda m, a, out, site=site, held=held: seen.update({site: ((held["h"], held["x"]) if held else a, out)})
+        )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from branch_cases import BATCH, LABELS, alone, backbone, expert, experts, heads, mixture, saved_backbone
+from branch_cases import BATCH, LABELS, alone, backbone, ending, expert, experts, heads, mixture, noted, saved_backbone
 from torch.nn import functional as F
 
 from mole.mixtures import MultiExpertModel, load_mixture, save_mixture
@@ -25,21 +25,22 @@ def small(weights, z):
     return weights.scale * part.get("gain", 1.0) * (hidden @ part["up"].T + part["up_bias"])
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet"])
 @pytest.mark.parametrize("names", [("rte", "qnli"), ("mrpc",), ("cola",), ("rte", "mrpc", "cola")], ids=str)
 @pytest.mark.parametrize("fields", [{}, {"value": False}, {"query": "input", "temperature": 2.0}], ids=str)
 @torch.no_grad()
-def test_every_post_norm_site_equals_the_formula(names, fields):
-    given = experts("bert", names, **PLAIN)
-    model, seen = fused(given=given, dtype=torch.float64, **fields), {}
-    for layer in model.layers.values():
-        layer.register_forward_hook(lambda m, inputs, out: seen.update({m: (inputs, out)}))
+def test_every_post_norm_site_equals_the_formula(names, fields, family):
+    given = experts(family, names, **PLAIN)
+    model, seen = fused(family, given=given, dtype=torch.float64, **fields), {}
+    noted(model, seen)
     model(**BATCH)
     assert len(seen) == len(model.sites)
-    for layer, (inputs, out) in seen.items():
-        base, router = layer.base, layer.router
-        h, x = base.dense(inputs[0]), inputs[1]
-        normed = base.LayerNorm(h + x)
-        here = [adapter.modules[layer.site] for adapter in given.values() if layer.site in adapter.modules]
+    for site, (inputs, out) in seen.items():
+        layer = model.layers[site]
+        router, path = layer.router, layer.bottleneck_path
+        h, x = ending(layer, inputs)
+        normed = layer.norm(h + x)
+        here = [adapter.modules[path] for adapter in given.values() if path in adapter.modules]
         reads = {part.reads for part in here}
         query = {"h": h, "x": x}.get(*reads, normed) if len(reads) == 1 else normed
         query = x if fields.get("query") == "input" else query
@@ -49,7 +50,7 @@ def test_every_post_norm_site_equals_the_formula(names, fields):
         attention = torch.softmax(scores / fields.get("temperature", 1.0), -1)
         mixed = sum(attention[..., k, None] * v for k, v in enumerate(values))
         mixed = mixed if fields.get("value") is False else mixed @ router.values.T
-        torch.testing.assert_close(out, base.LayerNorm(mixed + h + x), rtol=0, atol=1e-12)
+        torch.testing.assert_close(out, layer.norm(mixed + h + x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
@@ -111,7 +112,7 @@ def test_evaluating_twice_gives_equal_results_and_the_temperature_stays():
     assert all(router.config.temperature == 3.0 for router in model.routers().values())
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "llama"])
 def test_experts_that_trained_norms_are_refused_unless_the_backbones_are_asked_for(family):
     given = experts(family, ("rte", "mrpc"))
     with pytest.raises(ValueError, match="expert 'rte' trained norms along.*router.norms=base leaves them out"):
@@ -126,12 +127,13 @@ def test_experts_that_trained_norms_are_refused_unless_the_backbones_are_asked_f
         assert torch.equal(got, fused(family, given=without)(**BATCH).logits)
 
 
-def test_plain_attention_refuses_norms_that_it_would_leave_out():
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_plain_attention_refuses_norms_that_it_would_leave_out(family):
     with pytest.raises(ValueError, match="router=attention mixes before the norm that closes .*router=adapter_fusion"):
-        mixture("bert", AttentionConfig())
+        mixture(family, AttentionConfig())
 
 
-@pytest.mark.parametrize("family", ["roberta", "llama"])
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "mpnet", "llama"])
 @pytest.mark.parametrize("whole", ["train", "take:rte"])
 def test_a_saved_fusion_gives_the_same_logits_bit_for_bit(family, whole, tmp_path):
     given = experts(family, NAMES)
@@ -147,8 +149,9 @@ def test_a_saved_fusion_gives_the_same_logits_bit_for_bit(family, whole, tmp_pat
         assert torch.equal(loaded(**BATCH).logits, model(**BATCH).logits)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients_and_counts_the_regulariser_once():
-    model, found = fused(value_reg=0.1).train(), []
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_gradient_checkpointing_gives_the_same_gradients_and_counts_the_regulariser_once(family):
+    model, found = fused(family, value_reg=0.1).train(), []
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

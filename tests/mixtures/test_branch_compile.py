@@ -20,7 +20,7 @@ CONFIGS = {
 SLOW = {"flex", "fusion"}
 
 
-@pytest.mark.parametrize("family", ["roberta", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["roberta", "distilbert", pytest.param("llama", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CONFIGS])
 def test_forward_and_backward_are_one_graph_for_every_length(name, family):
     model = mixture(family, CONFIGS[name], given=experts(family, ("rte", "mrpc", "cola"))).eval()

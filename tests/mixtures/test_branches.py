@@ -5,14 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from branch_cases import BATCH, BUILD, EXPERTS, alone, backbone, expert, experts, mixture
+from branch_cases import BATCH, BUILD, EXPERTS, alone, backbone, ending, expert, experts, mixture, noted
 from torch.nn import functional as F
 
 from mole.adapters import BottleneckWeights, NormWeights
+from mole.data import Sample
+from mole.merging.mixture import one_expert
 from mole.mixtures import MultiExpertModel
 from mole.mixtures.banks import OutputBank
 from mole.mixtures.banks.branches import Ending, Member
-from mole.routers import ArrowConfig, SpectralConfig, TaskConfig, UniformConfig
+from mole.mixtures.output_mixture import OutputMixture
+from mole.mixtures.preparing.activations import module_inputs
+from mole.routers import ArrowConfig, SpectralConfig, TaskConfig, TopKConfig, UniformConfig
 from mole.routers.multi_adapter import MultiAdapterConfig
 from mole.routing import Routing
 
@@ -83,12 +87,11 @@ def with_norm(base, weights):
 def wanted(layer, given, members, weights, own):
     """y of section 5 at one site, one expert after another; a whole sub-layer with what ends it."""
     base, site = layer.base, layer.site
-    if hasattr(base, "LayerNorm"):
-        h, x = base.dense(given[0]), given[1]
-        first = base.LayerNorm
+    if isinstance(layer, OutputMixture):
+        (h, x), first = ending(layer, given), layer.norm
         total = own * layer_norm(h + x, first.weight, first.bias, first.eps)
         for weight, adapter in zip(weights, members.values(), strict=True):
-            small, norm = adapter.modules.get(site), adapter.modules.get(f"{site}.LayerNorm")
+            small, norm = (adapter.modules.get(name) for name in (layer.bottleneck_path, layer.norm_path))
             scale, shift = (norm.weight.double(), norm.bias.double()) if norm else (first.weight, first.bias)
             u = 0.0
             if small is not None:
@@ -129,8 +132,7 @@ def test_every_site_gives_the_weighted_sum_of_its_branches(family, config, count
     names = tuple(EXPERTS)[:count]
     members = experts(family, names)
     model, seen = mixture(family, config, dtype=torch.float64, given=members), {}
-    for site, layer in model.layers.items():
-        layer.register_forward_hook(lambda m, given, out, site=site: seen.update({site: (given, out)}))
+    noted(model, seen)
     model(**BATCH)
     router, found = model.router, dict(seen)
     assert set(found) == set(model.sites)
@@ -203,6 +205,38 @@ def test_experts_come_back_as_they_were_given(family):
     for name, now in mixture(family, given=given).adapters().items():
         assert now.tensors().keys() == given[name].tensors().keys()
         assert all(torch.equal(tensor, given[name].tensors()[key]) for key, tensor in now.tensors().items())
+
+
+READERS = {
+    "bert": ("self.query", "intermediate.dense"),
+    "distilbert": ("q_lin", "lin1"),
+    "mpnet": ("attn.q", "intermediate.dense"),
+}
+
+
+@pytest.mark.parametrize("family", READERS)
+@torch.no_grad()
+def test_what_data_tells_of_a_router_is_the_residual_that_it_reads(family):
+    model, plain, want = mixture(family, TopKConfig(top_k=2), names=("rte", "mrpc")), backbone(family), []
+    sites = [site for site, layer in model.layers.items() if isinstance(layer, OutputMixture)]
+    for path, module in plain.named_modules():
+        if path.endswith(READERS[family]):
+            module.register_forward_hook(lambda m, given, out: want.append(given[0][0]))
+    ids = [3, 4, 5, 6]
+    plain(torch.tensor([ids]))
+    (seen,) = module_inputs(model, [Sample(ids, [-100] * 4, "rte", "", "", [3, 4])])
+    assert len(want) == len(sites) == 4
+    for site, x in zip(sites, want, strict=True):
+        assert torch.equal(seen[site], x)
+
+
+@pytest.mark.parametrize("family", BUILD)
+def test_a_mixture_that_one_expert_has_to_itself_is_merged_into_that_expert(family):
+    given = {"rte": expert(family, "rte", head=False)}
+    model = mixture(family, UniformConfig(), given=given)
+    merged = one_expert(model.adapters(), model.routers(), backbone=backbone(family)).adapter.tensors()
+    assert merged.keys() == given["rte"].tensors().keys()
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in given["rte"].tensors().items())
 
 
 @torch.no_grad()

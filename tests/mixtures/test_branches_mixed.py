@@ -11,7 +11,8 @@ from mole.mixtures.exploding import exploded
 from mole.routers import TaskConfig, TopKConfig, XLoraConfig
 from mole.routers.multi_adapter import MultiAdapterConfig
 
-FAMILIES = ("bert", "roberta", "deberta-v2")
+FAMILIES = ("bert", "roberta", "deberta-v2", "distilbert", "mpnet")
+TARGETS = {"distilbert": ("q_lin", "out_lin", "lin1", "lin2"), "mpnet": ("q", "o", "dense")}
 CONFIGS = {
     "top_k": TopKConfig(top_k=2),
     "top_k_all": TopKConfig(top_k=None),
@@ -20,8 +21,9 @@ CONFIGS = {
 }
 
 
-def lora(family, targets=("dense",), seed=5):
+def lora(family, targets=None, seed=5):
     model = backbone(family)
+    targets = TARGETS.get(family, ("dense",)) if targets is None else targets
     attach(model, LoraConfig(rank=2, targets=targets), seed=seed, trained=())
     return extract(moved(model, seed))
 
@@ -69,11 +71,12 @@ def test_gradients_reach_the_router_and_every_expert(name, family):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_saved_mixture_of_kinds_gives_the_same_logits(name, tmp_path):
+@pytest.mark.parametrize("family", ["roberta", "distilbert"])
+def test_a_saved_mixture_of_kinds_gives_the_same_logits(name, family, tmp_path):
     torch.manual_seed(2)
-    model = mixture("roberta", CONFIGS[name], given=members("roberta"))
-    save_mixture(model, tmp_path / "mixture", saved_backbone("roberta", model.backbone))
-    loaded = load_mixture(tmp_path / "mixture", saved_backbone("roberta"))
+    model = mixture(family, CONFIGS[name], given=members(family))
+    save_mixture(model, tmp_path / "mixture", saved_backbone(family, model.backbone))
+    loaded = load_mixture(tmp_path / "mixture", saved_backbone(family))
     with torch.no_grad():
         assert torch.equal(loaded(**BATCH).logits, model(**BATCH).logits)
 
@@ -110,7 +113,7 @@ def test_the_backbones_own_weight_acts_where_a_head_sees_pooled_vectors(family):
 
 def biased(family, path, seed=9):
     """What PEFT's bias=all leaves: a LoRA, and the bias of a norm."""
-    adapter = lora(family, ("query",), seed)
+    adapter = lora(family, ("q_lin",) if family == "distilbert" else ("query",), seed)
     bias = backbone(family).get_submodule(path).bias.detach() + 0.5
     return Adapter("lora", adapter.modules, biases={path: bias}, bias_kind="all")
 
@@ -130,10 +133,16 @@ def test_norms_beside_a_bias_of_the_same_norm_count_the_backbone_once():
     torch.testing.assert_close(seen["out"], want, rtol=0, atol=1e-6)
 
 
-def test_a_bias_of_a_norm_that_closes_a_sub_layer_is_refused_beside_branches():
-    path = "bert.encoder.layer.0.output.LayerNorm"
-    model = backbone("bert")
-    given = {"rte": expert("bert", "rte", head=False), "bias": biased("bert", path)}
+CLOSING = {
+    "bert": "bert.encoder.layer.0.output.LayerNorm",
+    "distilbert": "distilbert.transformer.layer.0.output_layer_norm",
+}
+
+
+@pytest.mark.parametrize("family", CLOSING)
+def test_a_bias_of_a_norm_that_closes_a_sub_layer_is_refused_beside_branches(family):
+    path, model = CLOSING[family], backbone(family)
+    given = {"rte": expert(family, "rte", head=False), "bias": biased(family, path)}
     with pytest.raises(ValueError, match=f"{path}: experts trained its bias.*leave one of these kinds out"):
         MultiExpertModel(model, given, MultiAdapterConfig())
     assert not any("Mixture" in type(module).__name__ for module in model.modules())

@@ -60,7 +60,7 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("family", ["roberta", "bert", "llama", "gpt2"])
+@pytest.mark.parametrize("family", ["roberta", "bert", "distilbert", "mpnet", "llama", "gpt2"])
 @pytest.mark.parametrize("mode", MODES)
 def test_each_mode_trains_exactly_its_set(mode, family):
     model = built(family, mode=mode)
@@ -75,10 +75,20 @@ def test_each_mode_trains_exactly_its_set(mode, family):
     assert all(p.grad is None for n, p in model.named_parameters() if n not in wanted)
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet"])
+def test_every_sub_layer_has_a_set_of_its_own_whatever_module_is_mixed(family):
+    model = built(family, num_groups=None, site="module")
+    assert [len(places) for places in model.router.groups.values()] == [2, 1, 1, 1]
+    assert model.sites[0].endswith("embeddings.LayerNorm")
+    with pytest.raises(ValueError, match="router.num_groups=5 with 4 modules"):
+        built(family, num_groups=5)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
 @pytest.mark.parametrize("mode", ["base", "flex"])
-def test_experts_are_bit_equal_after_training(mode):
-    given = experts("bert", TWO)
-    model = stepped(built("bert", mode=mode, given=given))
+def test_experts_are_bit_equal_after_training(mode, family):
+    given = experts(family, TWO)
+    model = stepped(built(family, mode=mode, given=given))
     for name, adapter in model.adapters().items():
         assert all(torch.equal(tensor, given[name].tensors()[key]) for key, tensor in adapter.tensors().items())
 
@@ -91,7 +101,7 @@ def test_weights_learn_at_their_own_rate_without_decay_and_outside_the_clipping(
     assert all(own == {"lr": 0.01, "weight_decay": 0.0, "clip": 0.0} for own in settings.values())
 
 
-@pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert", "llama"])
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "distilbert", "mpnet", "modernbert", "llama"])
 @torch.no_grad()
 def test_a_new_flex_adapter_without_a_norm_changes_nothing(family):
     given = experts(family, TWO)
@@ -106,18 +116,24 @@ def test_a_new_flex_adapter_without_a_norm_changes_nothing(family):
     assert torch.equal(model(**BATCH).logits, got)
 
 
+@pytest.mark.parametrize("family", ["roberta", "distilbert"])
 @pytest.mark.parametrize("norm", [True, False])
 @torch.no_grad()
-def test_a_flex_adapter_at_a_post_norm_site_equals_its_formula(norm):
-    model, seen = built(mode="flex", flex_norm=norm, flex_size=3), {}
+def test_a_flex_adapter_at_a_post_norm_site_equals_its_formula(norm, family):
+    model, seen = built(family, mode="flex", flex_norm=norm, flex_size=3), {}
+    inputs = []
+    for path, module in model.backbone.named_modules():
+        if path.endswith(("attention.q_lin", "ffn.lin1", "self.query", "intermediate.dense")):
+            module.register_forward_hook(lambda m, given, out: inputs.append(given[0]))
     for layer in model.layers.values():
         if layer.flex is not None:
             moved(layer.flex, 5)
             layer.flex.register_forward_hook(lambda m, given, out: seen.update({m: (given, out)}))
     model(**BATCH)
-    assert len(seen) == 4
-    for flex, (given, out) in seen.items():
-        y, x = given[0], given[1]
+    assert len(seen) == len(inputs) == 4
+    for x, (flex, (given, out)) in zip(inputs, seen.items(), strict=True):
+        y = given[0]
+        assert torch.equal(given[1], x)
         want = y + F.linear(F.gelu(F.linear(y, flex.down, flex.down_bias)), flex.up, flex.up_bias)
         if norm:
             want = F.layer_norm(want + x, (16,), flex.norm_weight, flex.norm_bias, 1e-12)
@@ -137,9 +153,9 @@ def test_given_weights_stand_for_the_experts_without_the_flex_adapter():
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("whole", ["train", "train:mrpc", "base", "take:rte", "mean"])
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet", "llama"])
 def test_a_saved_multi_adapter_gives_the_same_logits_bit_for_bit(mode, whole, family, tmp_path):
-    model = stepped(built(family, whole, mode=mode, num_groups=2, flex_norm=family == "bert"))
+    model = stepped(built(family, whole, mode=mode, num_groups=2, flex_norm=family != "llama"))
     save_mixture(model, tmp_path / "mixture", saved_backbone(family, model.backbone))
     torch.manual_seed(99)
     loaded = load_mixture(tmp_path / "mixture", saved_backbone(family))
@@ -172,7 +188,7 @@ def test_one_hot_with_a_head_that_started_as_the_experts_is_that_expert():
         assert torch.equal(model(**BATCH).logits, alone("bert", given["mrpc"])(**BATCH).logits)
 
 
-@pytest.mark.parametrize("family", ["roberta", "llama"])
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "llama"])
 @pytest.mark.parametrize("mode", ["base", "flex", "full_ft"])
 def test_gradient_checkpointing_gives_the_same_gradients(family, mode):
     model, found = built(family, mode=mode), []
@@ -194,14 +210,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, mode):
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
 @pytest.mark.parametrize("mode", MODES)
-def test_weights_heads_flex_adapters_and_backbone_stay_when_an_expert_joins(mode):
-    model = stepped(built("bert", mode=mode))
+def test_weights_heads_flex_adapters_and_backbone_stay_when_an_expert_joins(mode, family):
+    model = stepped(built(family, mode=mode))
     flex = {site: copy.deepcopy(layer.flex) for site, layer in model.layers.items() if layer.flex is not None}
     theta, heads_now = model.router.theta.detach().clone(), copy.deepcopy(model.trained_modules())
     words = copy.deepcopy(model.backbone.get_input_embeddings().state_dict())
     parts = take_apart(model)
-    joined = {**parts.experts, "cola": expert("bert", "cola")}
+    joined = {**parts.experts, "cola": expert(family, "cola")}
     grown = put_together(parts, joined, {})
     assert torch.equal(grown.router.theta[:, :2], theta)
     assert torch.equal(grown.backbone.get_input_embeddings().weight, words["weight"])

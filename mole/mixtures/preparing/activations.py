@@ -42,8 +42,7 @@ def _watched(model: Any) -> Iterator[dict[str, Tensor]]:
 
     def note(site: str) -> Any:
         def hook(module: Any, given: tuple, named: dict[str, Any]) -> None:
-            x = given[0] if given else named["hidden_states"]  # of a linear module, or of an attention
-            seen.setdefault(site, x.detach().float())
+            seen.setdefault(site, module.read(given, named).detach().float())
 
         return hook
 
