@@ -230,6 +230,28 @@ def test_what_data_tells_of_a_router_is_the_residual_that_it_reads(family):
         assert torch.equal(seen[site], x)
 
 
+def hooks(model):
+    return [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+
+
+@pytest.mark.parametrize("family", ["distilbert", "mpnet"])
+@torch.no_grad()
+def test_mixtures_at_split_sites_copy_whole_and_leave_no_hook(family):
+    plain = backbone(family)
+    modules = dict(plain.named_modules())
+    model = MultiExpertModel(plain, experts(family), MultiAdapterConfig(), modules_to_save="base").eval()
+    want, other = model(**BATCH).logits, copy.deepcopy(model)
+    model.unload()
+    assert dict(plain.named_modules()) == modules
+    assert not hooks(plain)
+    assert torch.equal(other(**BATCH).logits, want)
+    assert not hooks(other.unload())
+    with pytest.raises(ValueError, match="router.num_groups=9"):
+        MultiExpertModel(plain, experts(family), MultiAdapterConfig(num_groups=9), modules_to_save="base")
+    assert dict(plain.named_modules()) == modules
+    assert not hooks(plain)
+
+
 @pytest.mark.parametrize("family", BUILD)
 def test_a_mixture_that_one_expert_has_to_itself_is_merged_into_that_expert(family):
     given = {"rte": expert(family, "rte", head=False)}
