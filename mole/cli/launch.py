@@ -5,6 +5,7 @@ elastic agent passes them on.
 """
 
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -255,4 +256,5 @@ def leave_group() -> None:
     """Leaves the process group that this process joined, if it joined one."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # a wrapped model that outlives the group keeps its threads, which then meet Python's own end
         distributed.destroy_process_group()

@@ -24,15 +24,18 @@ def step(model, moe, x):
     return {"grads": found, "losses": moe.losses, "bias": moe.router.bias}
 
 
-if __name__ == "__main__":
-    rank, port, place = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def main(rank: int, place: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=2)
     moe = block(12, **OPTIONS)  # of 8 tokens not all experts get one
     model = DistributedDataParallel(moe)
     step(model, moe, inputs(4, 4, DIM, seed=3)[2 * rank : 2 * rank + 2])
     moe.zero_grad()
     x = inputs(4, 4, DIM)
     torch.save(step(model, moe, x[2 * rank : 2 * rank + 2]), f"{place}/{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
+    os._exit(0)  # gloo's threads may ask for the interpreter while it is taken down, which aborts the process

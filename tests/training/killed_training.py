@@ -117,12 +117,15 @@ def main(root: Path, mode: str, kills: int) -> dict:
             in_child(lambda f=folder: train(f, steps))
             found["killed"].append({"event": fatal, **outcome(folder)})
         return found
-    draw, folder = random.Random(0), root / "killed"
-    for _ in range(kills):
-        delay = draw.uniform(0.05, 0.05 + seconds / 2)
-        found["kills"] += in_child(lambda: train(folder, steps), delay) == signal.SIGKILL
-    in_child(lambda: train(folder, steps))
-    found["killed"].append(outcome(folder))
+    draw = random.Random(0)
+    while not found["kills"]:  # a run that ended before its first kill shows nothing: another one, killed sooner
+        folder = root / f"killed-{len(found['killed'])}"
+        for _ in range(kills):
+            delay = draw.uniform(0.1 * seconds, seconds / 2)
+            found["kills"] += in_child(lambda f=folder: train(f, steps), delay) == signal.SIGKILL
+        in_child(lambda f=folder: train(f, steps))
+        found["killed"].append(outcome(folder))
+        seconds /= 2
     return found
 
 
