@@ -224,17 +224,17 @@ def _train(
 ) -> FitResult | None:
     train, held_out = (data.joined(datasets.values(), split) for split in ("train", "validation"))
     collate = partial(data.collate, pad_token_id=backbone.tokenizer.pad_token_id)
-    fed = training_data(train, collate, config.training, config.seed)
+    fed = training_data(train, backbone.tokenizer.pad_token_id, config.training, config.seed, model)
     if accelerator.is_main_process:
         show_first_batch(fed, config.training, backbone.tokenizer, run)
-        tell_bound(model, config, len(train))
+        tell_bound(model, config, len(fed.train))
     if config.dry_run:
         return dry_run(model, fed, config.training, accelerator) if accelerator.is_main_process else None
     validation = None
     if held_out:
         limit = config.training.validation_examples
         validation = heads.validation_for(model, held_out, collate, config, backbone, datasets, limit=limit)
-    with weights_logged(model, config, run, len(train)) as watch:
+    with weights_logged(model, config, run, len(fed.train)) as watch:
         return fit(
             model,
             fed,

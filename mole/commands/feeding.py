@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from mole.config.seeds import seed_for
-from mole.data import IGNORED, Sample, by_length, epoch_order
+from mole.data import IGNORED, Sample, by_length, collate, collate_packed, epoch_order, first_fit
 from mole.run_folder import RunFolder, write_atomically
-from mole.training import TrainingConfig, TrainingData, plan_layout, rehearse
+from mole.training import TrainingConfig, TrainingData, check_isolation, plan_layout, rehearse
 
 logger = logging.getLogger(__name__)
 SHOWN = 300  # characters of the one sample that is put on the screen
@@ -19,9 +20,17 @@ KEPT = 64  # samples of the first batch in samples.jsonl
 
 
 def training_data(
-    train: Sequence[Sample], collate: Callable[[list[Sample]], dict[str, Any]], training: TrainingConfig, seed: int
+    train: Sequence[Sample], pad_token_id: int, training: TrainingConfig, seed: int, model: Any = None
 ) -> TrainingData:
-    """The samples in their seeded order; with `training.group_by_length` those of like length in one batch."""
+    """The samples in their seeded order; with `training.group_by_length` those of like length in one batch.
+
+    With `training.packing` each item is a row of samples, the same ones in every epoch. Raises ValueError if `model`
+    would let them see each other.
+    """
+    if training.packing:
+        packed = _packed(train, pad_token_id, training, seed)
+        _check_packed(model, packed, pad_token_id)
+        return packed
 
     def order(epoch: int) -> list[int]:
         plain = epoch_order(len(train), epoch, seed_for("data", seed))
@@ -30,7 +39,46 @@ def training_data(
     lengths = [len(sample.input_ids) for sample in train]
     if train:
         logger.info("%.1f %% of what the batches hold is padding", 100 * _padding(order(0), lengths, training))
-    return TrainingData(train, collate, order)
+    return TrainingData(train, partial(collate, pad_token_id=pad_token_id), order)
+
+
+def _packed(train: Sequence[Sample], pad_token_id: int, training: TrainingConfig, seed: int) -> TrainingData:
+    lengths = [len(sample.input_ids) for sample in train]
+    longest, capacity = max(lengths, default=0), training.packing
+    assert capacity is not None
+    if longest > capacity:
+        raise ValueError(
+            f"training.packing={capacity}, and the longest sample has {longest} tokens: set {longest} or more, "
+            "or cut samples with dataset.max_length"
+        )
+    order = epoch_order(len(train), 0, seed_for("packing", seed))  # so that samples of one length are no neighbours
+    rows = [[train[order[i]] for i in row] for row in first_fit([lengths[i] for i in order], capacity)]
+    if rows:
+        share = 1 - sum(lengths) / (len(rows) * capacity)
+        logger.info(
+            "%d samples in %d rows of %d tokens; %.1f %% of them is padding",
+            len(train),
+            len(rows),
+            capacity,
+            100 * share,
+        )
+    return TrainingData(
+        rows,
+        partial(collate_packed, pad_token_id=pad_token_id),
+        lambda epoch: epoch_order(len(rows), epoch, seed_for("data", seed)),
+    )
+
+
+def _check_packed(model: Any, fed: TrainingData, pad_token_id: int) -> None:
+    shared = next((row for row in fed.train if len(row) > 1), None)
+    if model is not None and shared is not None:
+        pair = sorted(shared, key=lambda sample: len(sample.input_ids))[:2]
+        check_isolation(model, fed.collate([pair]), [collate([sample], pad_token_id) for sample in pair])
+
+
+def _samples(item: Any) -> Sequence[Sample]:
+    """Those of a packed row, or the one that an item is."""
+    return [item] if isinstance(item, Sample) else item
 
 
 def _padding(order: Sequence[int], lengths: Sequence[int], training: TrainingConfig) -> float:
@@ -42,7 +90,8 @@ def _padding(order: Sequence[int], lengths: Sequence[int], training: TrainingCon
 
 def show_first_batch(fed: TrainingData, training: TrainingConfig, tokenizer: Any, run: RunFolder) -> None:
     """Writes the samples of the first step to samples.jsonl, decoded, and shows one: what is supervised is marked."""
-    first = [fed.train[index] for index in fed.order(0)[: min(training.batch_size, KEPT)]]
+    items = [fed.train[index] for index in fed.order(0)[: min(training.batch_size, KEPT)]]
+    first = [sample for item in items for sample in _samples(item)][:KEPT]
     lines = [
         {
             "task": sample.task,
@@ -66,10 +115,10 @@ def refuse_resuming(config: Any) -> None:
 
 def dry_run(model: Any, fed: TrainingData, training: TrainingConfig, accelerator: Any) -> None:
     """A step on the longest sample that leaves no trace; prints what trains, the loss, and the memory of a real one."""
-    longest = max(fed.train, key=lambda sample: len(sample.input_ids))
+    longest = max(fed.train, key=_tokens)
     rows = plan_layout(training, accelerator.num_processes).micro_batch_size
     found = rehearse(model, fed.collate([longest]), training, accelerator, rows)
-    length = len(longest.input_ids)
+    length = _tokens(longest)
     lines = (
         f"trains {found.trained:,} of {found.parameters:,} parameters ({found.trained / found.parameters:.2%})",
         f"loss {found.loss:.4f} per supervised token of the longest sample, {length:,} tokens",
@@ -79,6 +128,10 @@ def dry_run(model: Any, fed: TrainingData, training: TrainingConfig, accelerator
         "dry run: nothing was trained, nothing is kept",
     )
     print("\n".join(lines))
+
+
+def _tokens(item: Any) -> int:
+    return sum(len(sample.input_ids) for sample in _samples(item))
 
 
 def _size(count: int) -> str:

@@ -11,6 +11,7 @@ from pydantic import Field
 from mole import backbones, data, moe
 from mole.analysis import MissingExtra, plot_run
 from mole.backbones import Backbone
+from mole.commands.feeding import show_first_batch, training_data
 from mole.commands.listening import TrainingForwards, listening, texts_of
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
@@ -22,7 +23,7 @@ from mole.registry import BACKBONES, DATASETS, OPTIMIZERS, SCHEDULES, TRACKERS, 
 from mole.routing.log import RoutingLog
 from mole.routing.statistics import RoutingStatistics
 from mole.run_folder import RunFolder
-from mole.training import AnyTraining, FitResult, TrainingData, fit, make_accelerator
+from mole.training import AnyTraining, FitResult, fit, make_accelerator
 
 logger = logging.getLogger(__name__)
 Collate = Callable[[list[Sample]], dict[str, Any]]
@@ -52,6 +53,10 @@ class Moefy:
     def __post_init__(self):
         if self.train != "none" or self.dataset is not None or self.datasets:
             chosen_datasets(self)
+        if self.training.packing:
+            raise ValueError(
+                "training.packing: the blocks route whole rows, so samples would share them: leave it null"
+            )
         if self.train == "none" and self.run.resume == "auto":
             raise ValueError("run.resume=auto goes on with a training, and train=none has none: leave it at never")
 
@@ -74,7 +79,7 @@ def run(config: Moefy) -> float | None:
     result = None
     if config.train != "none":
         model.set_trainable(config.train)
-        result = _train(config, model, datasets, collate, accelerator, run, log)
+        result = _train(config, model, datasets, backbone, accelerator, run, log)
     else:
         run.update(status="running")
     if accelerator.is_main_process:
@@ -125,13 +130,16 @@ def _train(
     config: Moefy,
     model: MoEModel,
     datasets: dict[str, DataSplits],
-    collate: Collate,
+    backbone: Backbone,
     accelerator: Any,
     run: RunFolder,
     log: RoutingLog,
 ) -> FitResult:
     train, held_out = (data.joined(datasets.values(), split) for split in ("train", "validation"))
     main = accelerator.is_main_process
+    fed = training_data(train, backbone.tokenizer.pad_token_id, config.training, config.seed)
+    if main:
+        show_first_batch(fed, config.training, backbone.tokenizer, run)
     statistics = None
     if main and config.statistics_every is not None:
         statistics = RoutingStatistics(model.sites, model.expert_names, every=config.statistics_every)
@@ -139,14 +147,12 @@ def _train(
     with listening(model, TrainingForwards(log, config.log_every) if main else None):
         return fit(
             model,
-            TrainingData(
-                train, collate, lambda epoch: data.epoch_order(len(train), epoch, seed_for("data", config.seed))
-            ),
+            fed,
             config,
             run,
             accelerator=accelerator,
             seed=config.seed,
-            evaluate=Validation(model, held_out, collate, config.training.batch_size) if held_out else None,
+            evaluate=Validation(model, held_out, fed.collate, config.training.batch_size) if held_out else None,
             extras=statistics.read if statistics else None,
             after_step=model.after_step,
             resume=config.run.resume == "auto",

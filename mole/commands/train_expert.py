@@ -122,7 +122,7 @@ def run(config: TrainExpert) -> float | None:
     publishing.begin(goal, run)
     validation = _validation(config, backbone, held_out, collate, datasets)
     before = _measured(config, backbone, validation) if config.publish == "if-better" else None
-    fed = training_data(train, collate, config.training, config.seed)
+    fed = training_data(train, backbone.tokenizer.pad_token_id, config.training, config.seed, backbone.model)
     if accelerator.is_main_process:
         show_first_batch(fed, config.training, backbone.tokenizer, run)
     if config.dry_run:

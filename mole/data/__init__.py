@@ -5,6 +5,7 @@ from mole.data.batches import by_length, collate, epoch_order, targets_of
 from mole.data.heads import head_of, metric_of
 from mole.data.joined import joined
 from mole.data.load import load, load_many
+from mole.data.packing import collate_packed, first_fit
 from mole.data.samples import IGNORED, DataSplits, Sample, Split, spread
 from mole.data.whole_texts import LabelledText, Metric, default_metric, encode_texts
 from mole.head import Head
@@ -21,10 +22,12 @@ __all__ = [
     "classification",
     "classification_hub",
     "collate",
+    "collate_packed",
     "csv",
     "default_metric",
     "encode_texts",
     "epoch_order",
+    "first_fit",
     "generated",
     "glue",
     "head_of",

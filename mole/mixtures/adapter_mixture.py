@@ -60,8 +60,7 @@ class MixtureLayer(nn.Module):
         routing = self._routing(x, base_out, frame)
         if routing is None:
             return base_out
-        if frame.recording:
-            frame.seen[self.fit.site] = routing
+        frame.see(self.fit.site, routing)
         fitting, rows = fitted(routing, x, base_out, self.fit, frame)
         given = frame.fixed is not None or self.fit.site in frame.routings  # by another than this layer's router
         if self.router is not None and not given and "outputs" in self.router.needs:
@@ -97,11 +96,20 @@ class MixtureLayer(nn.Module):
                 return self._shared(frame)
             assert not frame.routings, f"no routing was made for {self.fit.site}"
             return None
-        routing = self._own(x, base_out, frame)
+        routing = self._own(x, base_out, frame) if frame.packing is None else self._of_packed(x, base_out, frame)
         assert isinstance(routing, Routing), "a router of scope layer gives one routing"
         if self.group is not None:
             frame.shared[self.group] = routing
         return routing
+
+    def _of_packed(self, x: Tensor, base_out: Any, frame: Frame) -> Any:
+        """What this layer's router says of each sample of packed rows, as the rows spend it."""
+        packing, router = frame.packing, self.router
+        assert packing is not None
+        assert router is not None
+        if "outputs" in router.needs:  # such a router goes token by token
+            return packing.marked(self._own(x, base_out, frame))
+        return packing.together(self._own(packing.apart(x), base_out, frame))
 
     def _own(self, x: Tensor, base_out: Any, frame: Frame) -> Any:
         """What this layer's router says; what it said at the prompt, if it keeps that while generating."""

@@ -27,8 +27,7 @@ class CallMixture(MixtureLayer):
         routing = self._routing(x, x, frame)  # type: ignore[arg-type]
         if routing is None:
             return base(*args, **kwargs)
-        if frame.recording:
-            frame.seen[self.fit.site] = routing
+        frame.see(self.fit.site, routing)
         if isinstance(x, Tensor) and x.is_floating_point():
             self._check(routing.weights.shape, x.shape)
         return bank.call(base, args, kwargs, routing)

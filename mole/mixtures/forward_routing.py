@@ -34,9 +34,9 @@ def route(model: Any, frame: Frame, inputs: dict[str, Any]) -> TwoStreamCache | 
         if router is not None:
             rows = batch_rows(inputs)
             if "embeddings" in router.needs:
-                frame.inputs = replace(frame.inputs, embeddings=_embeddings(model, inputs))
+                frame.inputs = replace(frame.inputs, embeddings=_apart(frame, _embeddings(model, inputs)))
             routed = kept(frame, "", rows, partial(router, None, frame)) if router.keeps else router(None, frame)
-            frame.routings = placed(model, routed, rows)
+            frame.routings = placed(model, routed, rows, frame.packing)
         return None
     cache, use_cache, pair = inputs.get("past_key_values"), inputs.get("use_cache", False), None
     if cache is not None or use_cache:
@@ -45,11 +45,17 @@ def route(model: Any, frame: Frame, inputs: dict[str, Any]) -> TwoStreamCache | 
     if encoder_decoder.is_one(model.backbone):
         frame.routings = encoder_decoder.route(model, router, frame, inputs, pair)
     else:
-        routed = gate_reuse.route(router, frame, inputs, pair, lambda seen: _routing_pass(model, router, seen, pair))
-        frame.routings = placed(model, routed, batch_rows(inputs))
+        run = partial(_routing_pass, model, router, pair)
+        routed = gate_reuse.route(router, frame, inputs, pair, lambda seen: _apart(frame, run(seen)))
+        frame.routings = placed(model, routed, batch_rows(inputs), frame.packing)
     if pair is not None:
         inputs["past_key_values"] = pair.mixture
     return pair
+
+
+def _apart(frame: Frame, states: Any) -> Any:
+    """What a router reads of `states` [B, T, H]: those of each sample where rows are packed."""
+    return states if frame.packing is None or states is None else frame.packing.apart(states)
 
 
 def _embeddings(model: Any, inputs: dict[str, Any]) -> Tensor | None:
@@ -64,7 +70,7 @@ def _expert_versions(model: Any) -> tuple[int, ...]:
     return tuple(p._version for layer in layers for p in layer.bank.parameters()) if model.trains_experts else ()
 
 
-def _routing_pass(model: Any, router: Router, inputs: dict[str, Any], pair: TwoStreamCache | None) -> Tensor:
+def _routing_pass(model: Any, router: Router, pair: TwoStreamCache | None, inputs: dict[str, Any]) -> Tensor:
     constant = constant_frame(model, router)
     outer = model.context.current
     generating = outer is not None and outer.generating
@@ -86,4 +92,5 @@ def _routing_pass(model: Any, router: Router, inputs: dict[str, Any], pair: TwoS
     others = [n for n in inputs if n not in (*names, *model.pass_inputs.dropped) and not n.startswith("output_")]
     if others:
         raise ValueError(f"hidden states are kept by {', '.join(names)}; this forward has {', '.join(others)} too")
-    return model.hidden_store.hidden_states({name: inputs[name] for name in names if name in inputs}, run)
+    valid = None if outer is None or outer.packing is None else outer.packing.segment_ids >= 0
+    return model.hidden_store.hidden_states({name: inputs[name] for name in names if name in inputs}, run, valid)

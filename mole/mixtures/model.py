@@ -22,6 +22,7 @@ from mole.mixtures.forward_routing import route
 from mole.mixtures.generation import Generation
 from mole.mixtures.listening import Listener, Observer, report
 from mole.mixtures.output_mixture import closing
+from mole.mixtures.packed import packed_inputs, packing_of
 from mole.mixtures.router_building import build_router
 from mole.mixtures.two_pass.encoder_decoder import RoutedEncoder, check_widths, is_one
 from mole.mixtures.two_pass.hidden_store import HiddenStore
@@ -178,16 +179,19 @@ class MultiExpertModel(nn.Module, Generation):
         task_names: Any = None,
         texts: Any = None,
         prompt_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
         expert_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The backbone's forward with the mixtures at work: its inputs, its output.
 
         `task_names`, `texts` (of the prompts, one per example) and `prompt_mask` (bool [B, T]) are for routers that
-        need them. With a router that needs a routing pass, `past_key_values` of the output is a `TwoStreamCache`. In
-        training, `losses` (name → coefficient) gives the output `auxiliary_loss`, their weighted sum, and
-        `auxiliary_losses`, each by name; `expert_labels` (int64 [B] or [B, T], -100: none) tells the right experts,
-        else the tasks do.
+        need them. `segment_ids` (int64 [B, T]) tells the samples of packed rows apart (see `Packing`): `task_names` and
+        `texts` are then one for each sample, there is no `attention_mask`, and the backbone finds the borders by
+        `position_ids`, which are made where they are missing. With a router that needs a routing pass,
+        `past_key_values` of the output is a `TwoStreamCache`. In training, `losses` (name → coefficient) gives the
+        output `auxiliary_loss`, their weighted sum, and `auxiliary_losses`, each by name; `expert_labels` (int64 [B] or
+        [B, T], -100: none; of packed rows one for each sample) tells the right experts, else the tasks do.
         """
         given = {
             "input_ids": input_ids,
@@ -199,13 +203,7 @@ class MultiExpertModel(nn.Module, Generation):
             "logits_to_keep": logits_to_keep,
         }
         inputs = {**{k: v for k, v in given.items() if v is not None}, **kwargs}
-        if use_cache and not self._can_cache:
-            raise ValueError(
-                f"use_cache=True: a {type(self.backbone).__name__} takes no cache, or its tokens see later ones"
-            )
-        if self._can_cache:
-            wanted = bool(getattr(self.config, "use_cache", False)) and not self.training
-            inputs["use_cache"] = wanted if use_cache is None else use_cache
+        inputs |= self._cache_wanted(use_cache)
         seen = RoutingInputs(
             task_names=None if task_names is None else tuple(task_names),
             texts=None if texts is None else tuple(texts),
@@ -213,8 +211,10 @@ class MultiExpertModel(nn.Module, Generation):
             attention_mask=attention_mask,
             prompt_mask=prompt_mask,
         )
+        packing = None if segment_ids is None else packing_of(self, segment_ids, inputs)
+        seen = seen if packing is None else packed_inputs(seen, packing)
         goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0
-        frame = replace(self.new_frame(seen), goes_on=goes_on, logits_to_keep=logits_to_keep)
+        frame = replace(self.new_frame(seen), goes_on=goes_on, logits_to_keep=logits_to_keep, packing=packing)
         recording, phase = frame.recording, self.phase(past_key_values, frame)
         with self.context.push(frame):
             pair = route(self, frame, inputs)
@@ -225,6 +225,15 @@ class MultiExpertModel(nn.Module, Generation):
             self.report(frame, phase)
         self._add_losses(output, frame, expert_labels)
         return output
+
+    def _cache_wanted(self, use_cache: bool | None) -> dict[str, bool]:
+        """What the backbone is told of a cache, if it knows any."""
+        if use_cache and not self._can_cache:
+            raise ValueError(
+                f"use_cache=True: a {type(self.backbone).__name__} takes no cache, or its tokens see later ones"
+            )
+        wanted = bool(getattr(self.config, "use_cache", False)) and not self.training
+        return {"use_cache": wanted if use_cache is None else use_cache} if self._can_cache else {}
 
     def _add_losses(self, output: Any, frame: Frame, labels: Tensor | None) -> None:
         """In training with experts, where there are any."""

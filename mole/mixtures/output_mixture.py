@@ -56,8 +56,7 @@ class OutputMixture(MixtureLayer):
         routing = self._routing(x, end, frame)
         if routing is None:
             return end.out
-        if frame.recording:
-            frame.seen[self.fit.site] = routing
+        frame.see(self.fit.site, routing)
         fitting, _ = fitted(routing, x, end.out, self.fit, frame)
         given = frame.fixed is not None or self.fit.site in frame.routings
         if self.router is not None and not given and "outputs" in self.router.needs:

@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 
 from mole.backbones.modules import device_of
-from mole.routing import Routing
+from mole.routing import Packing, Routing
 
 SPARSE = 12  # experts for each one chosen
 
 
-def placed(model: Any, routed: Routing | tuple[Routing, ...], rows: int) -> dict[str, Routing]:
-    """Site → routing, of one for all sites or one for each, for a batch of `rows`."""
+def placed(
+    model: Any, routed: Routing | tuple[Routing, ...], rows: int, packing: Packing | None = None
+) -> dict[str, Routing]:
+    """Site → routing, of one for all sites or one for each, for a batch of `rows`; or for those of `packing`."""
     routings = routed if isinstance(routed, tuple) else (routed,) * model.shape.num_sites
-    made = {id(routing): routing.for_rows(rows) for routing in routings}
+    if packing is None:
+        made = {id(routing): routing.for_rows(rows) for routing in routings}
+    else:
+        made = {id(routing): packing.together(routing) for routing in routings}
     found = {site: made[id(routing)] for site, routing in zip(model.sites, routings, strict=True)}
     if len(set((getattr(model.backbone, "hf_device_map", None) or {}).values())) < 2:
         return spread(found, model.shape.num_experts)

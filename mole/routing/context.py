@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mole.routing.packing import Packing
 from mole.routing.routing import Routing
 
 
@@ -62,6 +63,7 @@ class Frame:
     `seen`     site → routing as spent, filled by the layers if `recording`.
     `notes`    what a router must find again when this forward is computed a second time (gradient checkpointing).
     `penalties` (name, place) → a scalar with graph that a router adds to the loss of this forward in training.
+    `packing`  where the samples lie, if rows hold several; `inputs` are then those of the samples, one a row.
     `logits_to_keep` the positions that the output head sees: as many from the end (0: all), or an index; None: all.
     """
 
@@ -80,6 +82,12 @@ class Frame:
     penalties: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     generating: bool = False
     logits_to_keep: int | Tensor | None = None
+    packing: Packing | None = None
+
+    def see(self, site: str, routing: Routing) -> None:
+        """Notes the routing as spent at `site`, if this forward is recorded; of packed rows that of each sample."""
+        if self.recording:
+            self.seen[site] = routing.apart or routing
 
     def penalise(self, name: str, place: str, value: Tensor) -> None:
         """Adds `value` to the loss, once for each `place`: a recomputation adds nothing."""

@@ -26,6 +26,7 @@ class Routing:
     `angles`     [1|B, 1|T, E] cosines of the tokens with the experts' prototypes, without graph, for statistics.
     `base`       [1|B, 1|T, 1] the weight of the plain backbone beside the experts; None: what their weights leave of 1.
     `spread`     [1|B, 1|T, E] what `dense()` gives, where somebody made it already for many routings at once.
+    `apart`      where rows hold several samples, the routing of each alone: what is recorded (see packing.py).
     """
 
     weights: Tensor
@@ -36,6 +37,7 @@ class Routing:
     angles: Tensor | None = None
     spread: Tensor | None = None
     base: Tensor | None = None
+    apart: Routing | None = None
 
     def __post_init__(self):
         rank = self.weights.dim()

@@ -5,6 +5,7 @@ from mole.training.batches import TrainingData, plan_layout, total_steps
 from mole.training.checkpoints import CheckpointError
 from mole.training.devices import make_accelerator, peak_memory
 from mole.training.fit import FitResult, fit
+from mole.training.isolation import check_isolation
 from mole.training.rehearsal import Rehearsal, rehearse
 from mole.training.schedules import summed_factors
 from mole.training.settings import AnyTraining, Recipe, RouterTrainingConfig, TrainingConfig
@@ -20,6 +21,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingData",
     "TrainingFailed",
+    "check_isolation",
     "fit",
     "make_accelerator",
     "optimizers",

@@ -25,7 +25,12 @@ def supervised_tokens(labels: Tensor) -> int:
 
 
 def valid_tokens(batch: dict[str, Any]) -> int:
-    """How many positions of a batch hold a real token: those of `attention_mask`, all of `labels` without one."""
+    """How many positions of a batch hold a real token.
+
+    Those of `attention_mask`, those of a sample in packed rows, or all of `labels` where there is neither.
+    """
+    if "segment_ids" in batch:
+        return int((batch["segment_ids"] >= 0).sum())
     mask = batch.get("attention_mask")
     return batch["labels"].numel() if mask is None else int((mask != 0).sum())
 
@@ -71,21 +76,25 @@ class Objective:
     def __init__(self, model: nn.Module):
         self.model = model
         named = inspect.signature(model.forward).parameters
-        self._takes = set(named) if "input_ids" in named else None
+        self.takes = frozenset(named)
         self._without_cache = {"use_cache": False} if "use_cache" in named else {}
 
+    def output(self, batch: dict[str, Any]) -> Any:
+        """What the model gives for a batch; a model that names `input_ids` gets only what it names."""
+        inputs = {
+            key: value
+            for key, value in batch.items()
+            if key != "labels" and (key in self.takes or "input_ids" not in self.takes)
+        }
+        return self.model(**inputs, **self._without_cache)
+
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """`batch`: labels [B, T] or [B], the model's inputs; a model that names `input_ids` gets only what it names.
+        """`batch`: labels [B, T] or [B], and the model's inputs.
 
         Returns the sum of the losses of tokens or texts; the model's `auxiliary_loss` (a mean over tokens) if it gives
         one; and its `auxiliary_losses`, the parts of that by name, to be logged.
         """
-        inputs = {
-            key: value
-            for key, value in batch.items()
-            if key != "labels" and (self._takes is None or key in self._takes)
-        }
-        output = self.model(**inputs, **self._without_cache)
+        output = self.output(batch)
         labels, parts = batch["labels"], getattr(output, "auxiliary_losses", None)
         loss = (text_loss if labels.dim() == 1 else token_loss)(output.logits, labels)
         return loss, getattr(output, "auxiliary_loss", None), dict(parts or {})

@@ -23,6 +23,7 @@ class TrainingConfig:
     batch_size: Count = 16
     micro_batch_size: Count | None = None
     group_by_length: bool = False
+    packing: Annotated[int, Field(ge=2)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -47,6 +48,8 @@ class TrainingConfig:
                 f"training.micro_batch_size={self.micro_batch_size}: "
                 f"set batch_size={' or '.join(map(str, neighbours(self.batch_size, self.micro_batch_size)))}"
             )
+        if self.packing and self.group_by_length:
+            problems.append("training.group_by_length has nothing to group with training.packing: set one of them")
         if self.early_stopping_patience is not None and self.best_metric is None:
             problems.append("training.early_stopping_patience needs training.best_metric: name a metric, or auto")
         if self.early_stopping_patience is not None and self.evaluate_every is None:

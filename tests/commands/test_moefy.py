@@ -18,7 +18,7 @@ from mole.routing.log_files import load_routing_log
 
 MLPS = r"moe.pattern=model\.layers\.\d+\.mlp"
 FOLDER = {"mixture/config.json", "mixture/model.safetensors", "mixture/moe.json"}
-RUN = {"config.yaml", "run.json", "log.txt", "metrics.jsonl"}
+RUN = {"config.yaml", "run.json", "log.txt", "metrics.jsonl", "samples.jsonl"}
 
 
 def tiny():

@@ -41,17 +41,20 @@ class HiddenStore:
         self._file: Any = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 it lives as long as the store
         self._end, self._width, self._is_full = 0, 0, False
 
-    def hidden_states(self, inputs: dict[str, Any], compute: Callable[[dict[str, Any]], Tensor]) -> Tensor:
+    def hidden_states(
+        self, inputs: dict[str, Any], compute: Callable[[dict[str, Any]], Tensor], valid: Tensor | None = None
+    ) -> Tensor:
         """[B, T, H] for `input_ids` [B, T] with `attention_mask`; `compute` serves the rows that are new.
 
-        At padding the result is zero. Raises ValueError without `input_ids`.
+        `valid` bool [B, T] tells padding where there is no mask. At padding the result is zero. Raises ValueError
+        without `input_ids`.
         """
         ids = inputs.get("input_ids")
         if ids is None:
             raise ValueError("hidden states are kept for sequences of tokens, got no input_ids")
-        mask = inputs.get("attention_mask")
-        valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        keys = _keys(ids, valid, inputs.get("position_ids"))
+        mask = inputs.get("attention_mask") if valid is None else valid
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        keys = _keys(ids, real, inputs.get("position_ids"))
         new = [row for row, key in enumerate(keys) if key not in self._index]
         self.misses += len(new)
         self.hits += len(keys) - len(new)
@@ -60,13 +63,13 @@ class HiddenStore:
             rows = torch.tensor(new, device=ids.device)
             chosen = {k: v[rows] if isinstance(v, Tensor) and len(v) == len(ids) else v for k, v in inputs.items()}
             for row, states in zip(new, compute(chosen), strict=True):
-                found[row] = self._kept(keys[row], states[valid[row]])
+                found[row] = self._kept(keys[row], states[real[row]])
         for row, key in enumerate(keys):
             if row not in found:
                 found[row] = self._read(key)
         out = torch.zeros(*ids.shape, self._width, device=ids.device)
         for row, states in found.items():
-            out[row, valid[row]] = states.to(out)
+            out[row, real[row]] = states.to(out)
         return out
 
     def close(self) -> None:
