@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from pydantic import Field
@@ -21,6 +21,7 @@ from mole.config.overrides import fill_operands, is_override, quote, rewrite
 from mole.config.seeds import seed_for
 from mole.registry import config_dataclass
 
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a first example imports
 NODE = {
     "flavour": {"name": "sweet", "sugar": 2, "layers": ["a", "b"]},
     "topping": {"name": "cream"},
@@ -186,6 +187,7 @@ def test_known_secrets_are_blotted_out_the_longest_first():
 # The file
 
 
+@UNHURRIED
 @given(
     st.recursive(
         st.none()
@@ -332,6 +334,7 @@ def test_operands_are_the_words_that_set_nothing():
         fill_operands(["a"], (), "c")
 
 
+@UNHURRIED
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(lambda t: "${" not in t))
 def test_quoted_text_comes_through_the_grammar_as_it_is(text):
     from hydra.core.override_parser.overrides_parser import OverridesParser
