@@ -80,8 +80,7 @@ def fit(
     CheckpointError if the end state could not be written.
     """
     settings, main = config.training, accelerator.is_main_process
-    layout = plan_layout(settings, accelerator.num_processes)
-    total = total_steps(settings, len(data.train))
+    layout, total = plan_layout(settings, accelerator.num_processes), total_steps(settings, len(data.train))
     learner = build_learner(model, config, accelerator, total)
     with ExitStack() as stack:
         if accelerator.device.type != "cpu":  # there it would only collect garbage, for half a second
