@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mole.adapters import Adapter
-from mole.mixtures import trainable
+from mole.mixtures import checkpointing, trainable
 from mole.mixtures.forward_routing import route
 from mole.mixtures.generation import Generation
 from mole.mixtures.listening import Listener, Observer, report
@@ -96,6 +96,7 @@ class MultiExpertModel(nn.Module, Generation):
         self.takes = set(signature(backbone.forward).parameters)
         self._can_cache, self.pass_inputs = can_cache(backbone), pass_inputs(backbone)
         try:
+            checkpointing.bind(backbone, self.context)
             build_router(self)
             self.set_trainable(train)
         except ValueError:
@@ -317,14 +318,12 @@ class MultiExpertModel(nn.Module, Generation):
             yield
 
     # ---- training
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **options: Any
+    ) -> None:
         """Non-reentrant only: the recomputation re-enters the frame of its forward, which reentrant mode cannot."""
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
-            raise ValueError(
-                "reentrant gradient checkpointing recomputes outside the forward that made the routing; "
-                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        options["context_fn"] = self.context.checkpoint_contexts
-        enable = getattr(self.backbone, "activation_checkpointing_enable", None)
-        (enable or self.backbone.gradient_checkpointing_enable)(options)
+        checkpointing.enable(self.backbone, self.context, activation_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options: Any) -> None:
+        """The same under its older name."""
+        checkpointing.enable(self.backbone, self.context, gradient_checkpointing_kwargs, **options)
