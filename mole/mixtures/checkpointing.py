@@ -37,7 +37,7 @@ def bind(backbone: nn.Module, context: RoutingContext) -> None:
     for module, function in functions.items():
         assert isinstance(function, partial)
         keywords = {**function.keywords, "use_reentrant": False, "context_fn": context.checkpoint_contexts}
-        module._gradient_checkpointing_func = partial(function.func, *function.args, **keywords)
+        module._gradient_checkpointing_func = partial(function.func, *function.args, **keywords)  # type: ignore
 
 
 def _refuse_reentrant(given: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from mole.adapters import Adapter
 from mole.mixtures import MultiExpertModel
 from mole.routers import XLoraRouter
+from mole.xlora import originals
 from mole.xlora.classifier import ClassifierView, dense_gates
 from mole.xlora.config import xLoRAConfig
 from mole.xlora.options import BUILT_IN, mixture_options
@@ -57,7 +58,7 @@ class XLoraModel(MultiExpertModel):
         config.hidden_size = hidden
         self.xlora_config = config
         now = self.adapters()
-        self.sources = {name: _kept(expert, now[name]) for name, expert in read.items()}
+        self.sources = {name: originals.kept(expert, now[name]) for name, expert in read.items()}
         self.scalings_log = ScalingsLog(self.listeners, self.sites, self.expert_names)
         self._trains_experts = config.use_trainable_adapters
         self._mark_trained()
@@ -96,6 +97,13 @@ class XLoraModel(MultiExpertModel):
         """Experts that are or were trainable are no longer what their files say."""
         if self._trains_experts:
             self.sources = {name: replace(expert, changed=True) for name, expert in self.sources.items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> XLoraModel:
+        """Moves everything; frozen experts that another dtype would round are kept aside for their files."""
+        if originals.rounds(self, fn):
+            self.sources = originals.before_rounding(self.sources, self.adapters)
+        super()._apply(fn, recurse)
+        return self
 
     def _set(self, name: str, value: Any) -> None:
         """Assigns one field, which acts at once; an invalid value leaves everything as it was."""
@@ -302,17 +310,6 @@ class XLoraModel(MultiExpertModel):
 
 XLoraModel.__name__ = "XLoraModel"
 xLoRAModel = XLoraModel
-
-
-def _kept(expert: ReadExpert, now: Adapter) -> ReadExpert:
-    """The expert with its own tensors only where the model holds others (rounded ones): a saved copy has them."""
-    assert expert.adapter is not None
-    mine, models = expert.adapter.tensors(), now.tensors()
-    same = mine.keys() == models.keys() and all(
-        tensor.dtype == models[name].dtype and torch.equal(tensor, models[name].to(tensor.device))
-        for name, tensor in mine.items()
-    )
-    return replace(expert, adapter=None if same else expert.adapter)
 
 
 def _size(parameter: Tensor) -> int:

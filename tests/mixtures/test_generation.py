@@ -1,5 +1,7 @@
 """Generation with the KV cache equals recomputing everything for every token: tokens and logits, in float64."""
 
+import copy
+
 import pytest
 import torch
 from mixture_cases import CONFIGS, mixture
@@ -166,3 +168,36 @@ def test_the_log_of_beams_is_the_routing_of_each_beam_s_own_tokens(name, prompts
         )
     (want,) = log.entries()
     torch.testing.assert_close(torch.from_numpy(joined.weights)[mask], want[mask], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["xlora", "top_k"])
+def test_continuous_batching_is_refused(name, prompts):
+    model, ids = mixture(name), prompts["input_ids"][1:]
+    with pytest.raises(ValueError, match="cache_implementation='paged'"):
+        model.generate(ids, cache_implementation="paged", max_new_tokens=2)
+    settings = copy.deepcopy(model.generation_config)
+    settings.cache_implementation = "paged"
+    with pytest.raises(ValueError, match="cache_implementation='paged'"):
+        model.generate(ids, generation_config=settings, max_new_tokens=2)
+    for call in (model.generate_batch, model.init_continuous_batching, model.continuous_batching_context_manager):
+        with pytest.raises(ValueError, match="continuous batching"):
+            call([ids[0].tolist()])
+
+
+@pytest.mark.parametrize("name", ["xlora", "xlora_top_k", "top_k", "uniform"])
+def test_a_prompt_of_embeddings_goes_on_exactly(name, prompts):
+    model = mixture(name, torch.float64)
+    mask = prompts["attention_mask"]
+    embeds = model.get_input_embeddings().weight[prompts["input_ids"]].detach() + 0.1  # of no tokens at all
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    got = model.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+    for _ in range(5):
+        with torch.no_grad():
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)
+            out = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        assert torch.equal(token, got[:, :1])
+        embeds = torch.cat([embeds, model.get_input_embeddings().weight[token].detach()], dim=1)
+        mask, got = torch.nn.functional.pad(mask, (0, 1), value=1), got[:, 1:]
+    with pytest.raises(ValueError, match="inputs_embeds with use_cache=False"):
+        model.generate(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **options)

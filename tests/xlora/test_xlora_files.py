@@ -139,6 +139,25 @@ def test_references_name_the_sources_and_check_them(tmp_path):
         made_here.save_pretrained(tmp_path / "y", experts="reference")
 
 
+@pytest.mark.parametrize(
+    "move", [lambda m: m.to(torch.bfloat16), lambda m: m.half().float(), lambda m: m.bfloat16().half()]
+)
+def test_frozen_experts_are_saved_with_their_own_bits_from_a_model_that_was_rounded(folders, tmp_path, move):
+    model = build(folders)
+    move(model).save_pretrained(tmp_path / "x")
+    for name, folder in folders.items():
+        own, saved = (load_file(Path(f) / "adapter_model.safetensors") for f in (folder, tmp_path / "x" / name))
+        assert own.keys() == saved.keys()
+        assert all(saved[key].dtype == own[key].dtype and torch.equal(saved[key], own[key]) for key in own)
+
+
+def test_trained_experts_are_saved_as_the_model_holds_them_after_rounding(folders, tmp_path):
+    model = build(folders, use_trainable_adapters=True)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "x")
+    saved = load_file(tmp_path / "x" / "law" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
 def test_a_float64_router_keeps_its_bits(folders, tmp_path):
     model = build(folders, llama(torch.float64), router_dtype="float64")
     model.save_pretrained(tmp_path / "x")
