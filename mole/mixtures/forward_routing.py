@@ -93,4 +93,5 @@ def _routing_pass(model: Any, router: Router, pair: TwoStreamCache | None, input
     if others:
         raise ValueError(f"hidden states are kept by {', '.join(names)}; this forward has {', '.join(others)} too")
     valid = None if outer is None or outer.packing is None else outer.packing.segment_ids >= 0
-    return model.hidden_store.hidden_states({name: inputs[name] for name in names if name in inputs}, run, valid)
+    given = {name: inputs[name] for name in names if name in inputs}
+    return model.hidden_store.hidden_states(given, run, valid, by_place=model.pass_inputs.by_place)

@@ -28,10 +28,15 @@ _DROPPED = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict", "pa
 
 @dataclass(frozen=True)
 class PassInputs:
-    """Of the inputs of a forward, those that the routing pass does not get, and whether it takes a cache."""
+    """Of the inputs of a forward, those that the routing pass does not get, and whether it takes a cache.
+
+    `by_place`: the backbone may tell a token's absolute place in its row, as it has no rotary positions (GPT-2 counts
+    padding on the left too where it is given no `position_ids`).
+    """
 
     dropped: frozenset[str]
     takes_cache: bool
+    by_place: bool
 
 
 def pass_inputs(backbone: PreTrainedModel) -> PassInputs:
@@ -40,7 +45,8 @@ def pass_inputs(backbone: PreTrainedModel) -> PassInputs:
     takes = signature(inner.forward).parameters.keys()
     if inner is not backbone:
         dropped |= signature(backbone.forward).parameters.keys() - takes
-    return PassInputs(dropped, "use_cache" in takes)
+    rotary = any("rotary" in type(module).__name__.lower() for module in inner.modules())
+    return PassInputs(dropped, "use_cache" in takes, by_place=not rotary)
 
 
 @torch.no_grad()
