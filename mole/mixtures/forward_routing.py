@@ -12,7 +12,7 @@ from mole.mixtures.keeping import kept
 from mole.mixtures.placing import batch_rows, placed
 from mole.mixtures.two_pass import encoder_decoder, gate_reuse
 from mole.mixtures.two_pass.cache import TwoStreamCache
-from mole.mixtures.two_pass.routing_pass import constant_frame, last_hidden_state
+from mole.mixtures.two_pass.routing_pass import check_dropout, constant_frame, last_hidden_state
 from mole.routers import Router
 from mole.routing import Frame
 
@@ -40,6 +40,8 @@ def route(model: Any, frame: Frame, inputs: dict[str, Any]) -> TwoStreamCache | 
         return None
     cache, use_cache, pair = inputs.get("past_key_values"), inputs.get("use_cache", False), None
     if cache is not None or use_cache:
+        if model.training:
+            check_dropout(model)
         fingerprint = (*router.fingerprint(), *_expert_versions(model))
         pair = model.streams.pair(cache, use_cache=use_cache, config=model.config, fingerprint=fingerprint)
     if encoder_decoder.is_one(model.backbone):

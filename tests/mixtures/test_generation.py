@@ -1,13 +1,14 @@
 """Generation with the KV cache equals recomputing everything for every token: tokens and logits, in float64."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from mixture_cases import CONFIGS, mixture
+from mixture_cases import CONFIGS, llama, mixture, three_experts
 from transformers.cache_utils import DynamicCache
 
-from mole.mixtures import TwoStreamCache
+from mole.mixtures import MultiExpertModel, TwoStreamCache
 from mole.routing.log import RoutingLog
 from mole.routing.log_files import join_sequences
 
@@ -168,6 +169,35 @@ def test_the_log_of_beams_is_the_routing_of_each_beam_s_own_tokens(name, prompts
         )
     (want,) = log.entries()
     torch.testing.assert_close(torch.from_numpy(joined.weights)[mask], want[mask], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["xlora", "top_k"])
+def test_keys_and_values_as_tuples_are_refused(name, prompts):
+    ids = prompts["input_ids"][1:]
+    with pytest.raises(ValueError, match="past_key_values: got a tuple, need a transformers Cache"):
+        mixture(name)(input_ids=ids, past_key_values=((torch.zeros(1, 2, 3, 8),) * 2,) * 2)
+
+
+def test_a_cache_in_training_mode_is_refused_where_dropout_acts(prompts):
+    """Of the router, of the backbone, of experts that train; not where none acts."""
+    ids = prompts["input_ids"][1:]
+    dropping = mixture("xlora_top_k").train()  # of depth 3
+    with pytest.raises(ValueError, match=r"dropout acts at router\.classifier"):
+        dropping(input_ids=ids, use_cache=True)
+    plain = mixture("xlora").train()
+    cache = plain(input_ids=ids, use_cache=True).past_key_values
+    plain.backbone.model.layers[1].self_attn.attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"dropout acts at backbone\.model\.layers\.1\.self_attn:"):
+        plain(input_ids=ids, past_key_values=cache)
+    plain(input_ids=ids)
+    plain.eval()(input_ids=ids, use_cache=True)
+    backbone = llama()
+    experts = {name: replace(one, dropout=0.1) for name, one in three_experts(backbone).items()}
+    trained = MultiExpertModel(backbone, experts, CONFIGS["xlora"]).train()
+    trained(input_ids=ids, use_cache=True)
+    trained.set_trainable("both")
+    with pytest.raises(ValueError, match=r"dropout acts at backbone\..*\.bank"):
+        trained(input_ids=ids, use_cache=True)
 
 
 @pytest.mark.parametrize("name", ["xlora", "top_k"])

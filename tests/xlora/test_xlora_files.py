@@ -204,9 +204,13 @@ def test_hidden_layers_are_numbered_as_the_original_does(relu, step, folders, tm
 
 
 def test_the_ordering_file_of_mistralrs(model, folders, tmp_path):
+    with pytest.raises(ValueError, match="base_model_id: got None, need the base model's Hub id"):
+        model.export_ordering(tmp_path / "new" / "ordering.json")
+    model.xlora_config.base_model_id = "org/base"
     model.export_ordering(tmp_path / "new" / "ordering.json")
     ordering = json.loads((tmp_path / "new" / "ordering.json").read_text())
     assert ordering["order"] == ["law", "code", "bio"]
+    assert ordering["base_model_id"] == "org/base"
     assert ordering["layers"] == {site: index for index, site in enumerate(model.sites)}
     other = build(folders, top_k_lora=2, enable_softmax=False, enable_softmax_topk=True)
     with pytest.raises(ValueError, match="mistral.rs has no softmax"):
@@ -239,11 +243,28 @@ def test_bad_arguments_of_save_are_refused_before_anything_is_written(model, tmp
         ({"safe_serialization": False}, "safetensors only"),
         ({"layouts": ("hf",)}, "layouts: got 'hf'"),
         ({"experts": "link"}, "experts: got 'link'"),
+        ({"state_dict": model.state_dict()}, "state_dict: got tensors, need None"),
     ]:
         with pytest.raises(ValueError, match=says):
             model.save_pretrained(tmp_path / "x", **options)
-    model.save_pretrained(tmp_path / "x", is_main_process=False)
+    with pytest.raises(ValueError, match="safetensors only"):
+        model.save_pretrained(tmp_path / "x", False)
+    model.save_pretrained(tmp_path / "x", is_main_process=False, state_dict=None)
     assert not (tmp_path / "x").exists()
+    model.save_pretrained(tmp_path / "x", True)
+    assert (tmp_path / "x" / "mole_xlora.json").is_file()
+
+
+@pytest.mark.parametrize("where", ["router", "expert"])
+def test_values_that_are_not_finite_replace_no_good_checkpoint(folders, tmp_path, where):
+    model = build(folders, use_trainable_adapters=True)
+    model.save_pretrained(tmp_path / "x")
+    want = logits(model)
+    tensor = model.router.classifier[-1].bias if where == "router" else next(iter(model.layers.values())).bank.A
+    tensor.data.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match=rf"{where}.*: got values that are not finite.*nothing was saved"):
+        model.save_pretrained(tmp_path / "x")
+    assert torch.equal(logits(xlora.from_pretrained(tmp_path / "x", llama())), want)
 
 
 @pytest.mark.parametrize("fails_at", range(0, 26, 5))

@@ -149,8 +149,26 @@ def dropout_off(model: nn.Module, *, unless: bool = False) -> Iterator[None]:
             module.training = True
 
 
+def check_dropout(model: Any) -> None:
+    """Raises ValueError where dropout acts: a cache would keep the keys and values of one of its draws."""
+    banks = {f"backbone.{site}.bank": layer.bank for site, layer in model.layers.items()}
+    frozen = tuple(path for path, bank in banks.items() if not any(p.requires_grad for p in bank.parameters()))
+    training = ((path, m) for path, m in model.named_modules() if m.training and not path.startswith(frozen))
+    if path := next((path for path, module in training if _drops(module) or _experts_drop(module)), None):
+        raise ValueError(
+            f"a forward with a cache in training mode, and dropout acts at {path}: call model.eval() before it, or "
+            "give neither use_cache=True nor past_key_values"
+        )
+
+
 def _drops(module: nn.Module) -> bool:
     rates = [getattr(module, "attention_dropout", 0.0), getattr(module, "dropout", 0.0)]
     if isinstance(module, nn.Dropout):
         rates.append(module.p)
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def _experts_drop(module: nn.Module) -> bool:
+    """Whether it is a bank with rates of dropout, one for each expert."""
+    rates = getattr(module, "dropout", None)
+    return isinstance(rates, tuple) and any(rates) and getattr(module, "expert_dropout", "off") != "off"
