@@ -42,7 +42,7 @@ def route(model: Any, frame: Frame, inputs: dict[str, Any]) -> TwoStreamCache | 
     if cache is not None or use_cache:
         if model.training:
             check_dropout(model)
-        fingerprint = (*router.fingerprint(), *_expert_versions(model))
+        fingerprint = (model.streams.name_of(router), *router.fingerprint(), *_expert_versions(model))
         pair = model.streams.pair(cache, use_cache=use_cache, config=model.config, fingerprint=fingerprint)
     if encoder_decoder.is_one(model.backbone):
         frame.routings = encoder_decoder.route(model, router, frame, inputs, pair)

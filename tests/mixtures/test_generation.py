@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from mixture_cases import CONFIGS, llama, mixture, three_experts
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from mole.mixtures import MultiExpertModel, TwoStreamCache
 from mole.routing.log import RoutingLog
@@ -129,6 +129,39 @@ def test_caches_that_cannot_go_on_are_refused(name, prompts):
         model.router.classifier[0].bias.add_(1.0)
         with pytest.raises(ValueError, match="changed since this cache was filled"):
             model(input_ids=ids[:, :1], past_key_values=pair, use_cache=True)
+
+
+def test_another_model_or_router_of_equal_settings_does_not_go_on_with_a_cache(prompts):
+    model, ids = mixture("xlora"), prompts["input_ids"][1:]
+    with torch.no_grad():
+        for other in (mixture("xlora"), copy.deepcopy(model)):
+            pair = model(input_ids=ids, use_cache=True).past_key_values
+            with pytest.raises(ValueError, match="or it is another model's"):
+                other(input_ids=ids[:, :1], past_key_values=pair, use_cache=True)
+            model(input_ids=ids[:, :1], past_key_values=pair, use_cache=True)
+        twin = copy.deepcopy(model.router)
+        with model.routed_by(twin), pytest.raises(ValueError, match="or it is another model's"):
+            model(input_ids=ids[:, :1], past_key_values=pair, use_cache=True)
+
+
+def test_both_streams_are_made_early_and_moved_away_and_back():
+    config = mixture("uniform").config
+    pair = TwoStreamCache(StaticCache(config=config, max_cache_len=16))
+    pair.early_initialization(2, config.num_key_value_heads, 8, torch.float32, torch.device("cpu"))
+    streams = (pair.mixture, pair.scaling)
+    assert [[layer.keys.shape for layer in stream.layers] for stream in streams] == [[(2, 2, 16, 8)] * 2] * 2
+    moves = []
+    for stream in streams:
+        stream.offload = lambda *args, s=stream: moves.append(("offload", s is pair.scaling, args))
+        stream.prefetch = lambda *args, s=stream: moves.append(("prefetch", s is pair.scaling, args))
+    pair.offload(0, False)
+    pair.prefetch(1, False)
+    assert moves == [
+        (n, scaling, a) for n, a in (("offload", (0, False)), ("prefetch", (1, False))) for scaling in (0, 1)
+    ]
+    for name in ("update", "update_conv_state", "update_recurrent_state", "update_indexer"):
+        with pytest.raises(RuntimeError, match="no mixture with a routing pass"):
+            getattr(pair, name)(torch.zeros(1), 0)
 
 
 def test_a_cache_is_refused_once_trained_experts_have_changed(prompts):

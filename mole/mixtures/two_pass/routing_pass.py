@@ -5,6 +5,7 @@ It has a KV cache of its own; neither head nor loss run; base dropout is off.
 
 from __future__ import annotations
 
+import uuid
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,13 @@ class Streams:
 
     def __init__(self):
         self._scaling: weakref.WeakKeyDictionary[Cache, tuple[Cache, tuple]] = weakref.WeakKeyDictionary()
+        self._names: weakref.WeakKeyDictionary[Router, str] = weakref.WeakKeyDictionary()
+
+    def name_of(self, router: Router) -> str:
+        """Tells this model under this router from all others, whose settings may be the same."""
+        if router not in self._names:
+            self._names[router] = uuid.uuid4().hex
+        return self._names[router]
 
     def pair(self, cache: Any, *, use_cache: bool, config: Any, fingerprint: tuple) -> TwoStreamCache | None:
         """The pair for this forward: the caller's own, one around the caller's empty cache, or a new one.
@@ -109,7 +117,10 @@ class Streams:
         pair = cache if isinstance(cache, TwoStreamCache) else self._around(cache, fingerprint)
         if pair.fingerprint != fingerprint:
             if pair.get_seq_length() > 0:
-                raise ValueError("the router changed since this cache was filled: start from an empty cache")
+                raise ValueError(
+                    "the router or the experts changed since this cache was filled, or it is another model's: start "
+                    "from an empty cache"
+                )
             pair.fingerprint = fingerprint
         return pair
 
