@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mole.adapters import Adapter
+from mole.backbones.modules import device_of
 from mole.mixtures import checkpointing, trainable
 from mole.mixtures.auxiliary_losses import add_losses, as_tuple
 from mole.mixtures.forward_inputs import check_standing, check_supervision, inputs_of, wants_tuple
@@ -128,8 +129,8 @@ class MultiExpertModel(nn.Module, Generation):
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone's first parameter lives."""
-        return next(self.backbone.parameters()).device
+        """Where the backbone's first parameter lives, or is brought to if it is offloaded."""
+        return device_of(self.backbone)
 
     def routers(self) -> dict[str, Router]:
         """Every router: under "" the one of the whole model, or one per site."""
