@@ -74,10 +74,28 @@ def compute_dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's first tensor is; some quantised layers hold buffers only."""
+    """Where a module's first tensor is, or is brought to if offloaded; some quantised layers hold buffers only."""
     first = next(module.parameters(), None)
     first = next(module.buffers(), None) if first is None else first
-    return torch.device("cpu") if first is None else first.device
+    found = torch.device("cpu") if first is None else first.device
+    return found if found.type != "meta" else _brought_to(module) or found
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the module's own weights only for the time of its forward."""
+    offloaded = any(tensor.device.type == "meta" for tensor in module.parameters(recurse=False))
+    return offloaded and _brought_to(module) is not None
+
+
+def _brought_to(module: nn.Module) -> torch.device | None:
+    """Where accelerate's hooks bring what is offloaded of the module, or of its parts."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):  # several hooks in a row
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mole.adapters import Adapter, LoraWeights
-from mole.backbones.modules import input_output, kind_of
+from mole.backbones.modules import input_output, is_offloaded, kind_of
 from mole.mixtures.adapter_mixture import MixtureLayer
 from mole.mixtures.output_mixture import OutputMixture, SplitMixture
 
@@ -30,7 +30,19 @@ def check(backbone: PreTrainedModel, experts: Mapping[str, Adapter], modules: Ma
             inside = [site for site in adapter.modules if site == path or site.startswith(f"{path}.")]
             if inside:
                 raise ValueError(f"expert {name!r} at {path}: the whole module is saved, and {inside[0]} adapted too")
+        _check_offloaded(name, adapter, modules)
         _check_base_weights(name, adapter, modules)
+
+
+def _check_offloaded(name: str, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
+    """What is made of the backbone's own weights cannot be where these are brought for a forward only."""
+    dora = [path for path, weights in adapter.modules.items() if getattr(weights, "magnitude", None) is not None]
+    for path in (*dora, *adapter.biases, *adapter.full_modules, *adapter.base_weights):
+        if any(map(is_offloaded, modules[path].modules())):
+            raise ValueError(
+                f"expert {name!r} at {path}: DoRA, trained biases and whole modules are made of the backbone's own "
+                "weights, which are offloaded here: load it with a device_map that keeps this module on a device"
+            )
 
 
 def _place(backbone: PreTrainedModel, path: str, modules: Mapping[str, nn.Module]) -> str | None:

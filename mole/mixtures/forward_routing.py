@@ -12,7 +12,7 @@ from mole.mixtures.keeping import kept
 from mole.mixtures.placing import batch_rows, placed
 from mole.mixtures.two_pass import encoder_decoder, gate_reuse
 from mole.mixtures.two_pass.cache import TwoStreamCache
-from mole.mixtures.two_pass.routing_pass import constant_frame, last_hidden_state
+from mole.mixtures.two_pass.routing_pass import check_dropout, constant_frame, last_hidden_state
 from mole.routers import Router
 from mole.routing import Frame
 
@@ -40,7 +40,9 @@ def route(model: Any, frame: Frame, inputs: dict[str, Any]) -> TwoStreamCache | 
         return None
     cache, use_cache, pair = inputs.get("past_key_values"), inputs.get("use_cache", False), None
     if cache is not None or use_cache:
-        fingerprint = (*router.fingerprint(), *_expert_versions(model))
+        if model.training:
+            check_dropout(model)
+        fingerprint = (model.streams.name_of(router), *router.fingerprint(), *_expert_versions(model))
         pair = model.streams.pair(cache, use_cache=use_cache, config=model.config, fingerprint=fingerprint)
     if encoder_decoder.is_one(model.backbone):
         frame.routings = encoder_decoder.route(model, router, frame, inputs, pair)
@@ -93,4 +95,5 @@ def _routing_pass(model: Any, router: Router, pair: TwoStreamCache | None, input
     if others:
         raise ValueError(f"hidden states are kept by {', '.join(names)}; this forward has {', '.join(others)} too")
     valid = None if outer is None or outer.packing is None else outer.packing.segment_ids >= 0
-    return model.hidden_store.hidden_states({name: inputs[name] for name in names if name in inputs}, run, valid)
+    given = {name: inputs[name] for name in names if name in inputs}
+    return model.hidden_store.hidden_states(given, run, valid, by_place=model.pass_inputs.by_place)

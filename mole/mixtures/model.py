@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mole.adapters import Adapter
-from mole.mixtures import trainable
+from mole.backbones.modules import device_of
+from mole.mixtures import checkpointing, trainable
+from mole.mixtures.auxiliary_losses import add_losses, as_tuple
+from mole.mixtures.forward_inputs import check_standing, check_supervision, inputs_of, wants_tuple
 from mole.mixtures.forward_routing import route
 from mole.mixtures.generation import Generation
 from mole.mixtures.listening import Listener, Observer, report
@@ -32,7 +35,6 @@ from mole.mixtures.wrapping import MixtureOptions, expert_now, has_lora_bias, un
 from mole.registry import unknown
 from mole.routers import MixtureShape, Router
 from mole.routing import Frame, Routing, RoutingContext, RoutingInputs
-from mole.routing.losses import labels_of, routing_losses
 
 
 class MultiExpertModel(nn.Module, Generation):
@@ -94,8 +96,9 @@ class MultiExpertModel(nn.Module, Generation):
         self.groups: dict[str, tuple[str, ...]] = {}  # of routers of the layers: name → the sites they serve
         self.router_config, self.streams = router_config, Streams()
         self.takes = set(signature(backbone.forward).parameters)
-        self._can_cache, self.pass_inputs = can_cache(backbone), pass_inputs(backbone)
+        self.can_cache, self.pass_inputs = can_cache(backbone), pass_inputs(backbone)
         try:
+            checkpointing.bind(backbone, self.context)
             build_router(self)
             self.set_trainable(train)
         except ValueError:
@@ -126,8 +129,8 @@ class MultiExpertModel(nn.Module, Generation):
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone's first parameter lives."""
-        return next(self.backbone.parameters()).device
+        """Where the backbone's first parameter lives, or is brought to if it is offloaded."""
+        return device_of(self.backbone)
 
     def routers(self) -> dict[str, Router]:
         """Every router: under "" the one of the whole model, or one per site."""
@@ -181,6 +184,7 @@ class MultiExpertModel(nn.Module, Generation):
         prompt_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
         expert_labels: Tensor | None = None,
+        labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The backbone's forward with the mixtures at work: its inputs, its output.
@@ -193,24 +197,22 @@ class MultiExpertModel(nn.Module, Generation):
         output `auxiliary_loss`, their weighted sum, and `auxiliary_losses`, each by name; `expert_labels` (int64 [B] or
         [B, T], -100: none; of packed rows one for each sample) tells the right experts, else the tasks do.
         """
+        check_standing(self)
+        check_supervision(self, expert_labels)
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "position_ids": position_ids if "position_ids" in self.takes else None,
+            "position_ids": position_ids,
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
-            "token_type_ids": token_type_ids if "token_type_ids" in self.takes else None,
+            "token_type_ids": token_type_ids,
             "logits_to_keep": logits_to_keep,
+            "labels": labels,
         }
-        inputs = {**{k: v for k, v in given.items() if v is not None}, **kwargs}
-        inputs |= self._cache_wanted(use_cache)
-        seen = RoutingInputs(
-            task_names=None if task_names is None else tuple(task_names),
-            texts=None if texts is None else tuple(texts),
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            prompt_mask=prompt_mask,
-        )
+        inputs = inputs_of(self, given, kwargs, use_cache)
+        nameless = wants_tuple(self, inputs)
+        names, prompts = (None if one is None else tuple(one) for one in (task_names, texts))
+        seen = RoutingInputs(names, prompts, input_ids, attention_mask, prompt_mask)
         packing = None if segment_ids is None else packing_of(self, segment_ids, inputs)
         seen = seen if packing is None else packed_inputs(seen, packing)
         goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0
@@ -223,31 +225,8 @@ class MultiExpertModel(nn.Module, Generation):
             output.past_key_values = pair
         if recording:
             self.report(frame, phase)
-        self._add_losses(output, frame, expert_labels)
-        return output
-
-    def _cache_wanted(self, use_cache: bool | None) -> dict[str, bool]:
-        """What the backbone is told of a cache, if it knows any."""
-        if use_cache and not self._can_cache:
-            raise ValueError(
-                f"use_cache=True: a {type(self.backbone).__name__} takes no cache, or its tokens see later ones"
-            )
-        wanted = bool(getattr(self.config, "use_cache", False)) and not self.training
-        return {"use_cache": wanted if use_cache is None else use_cache} if self._can_cache else {}
-
-    def _add_losses(self, output: Any, frame: Frame, labels: Tensor | None) -> None:
-        """In training with experts, where there are any."""
-        if not self.training or not frame.experts_enabled or not (self.losses or frame.penalties):
-            return
-        tasks, mask = frame.inputs.task_names, frame.inputs.attention_mask
-        labels = labels_of(tasks, self.shape.expert_tasks) if labels is None else labels
-        seen, options = frame.seen.values(), self.loss_options
-        found = routing_losses(self.losses, seen, mask, labels, **options) if self.losses else {}
-        total = sum(self.losses[name] * loss for name, loss in found.items())
-        for (name, _), penalty in frame.penalties.items():
-            found[name] = found.get(name, 0.0) + penalty.to(self.device)
-            total = total + penalty.to(self.device)
-        output.auxiliary_losses, output.auxiliary_loss = found, total
+        add_losses(self, output, frame, expert_labels)
+        return as_tuple(output) if nameless else output
 
     def new_frame(self, inputs: RoutingInputs) -> Frame:
         """The frame of a forward with these inputs, as the contexts around it want it."""
@@ -317,14 +296,12 @@ class MultiExpertModel(nn.Module, Generation):
             yield
 
     # ---- training
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **options: Any
+    ) -> None:
         """Non-reentrant only: the recomputation re-enters the frame of its forward, which reentrant mode cannot."""
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
-            raise ValueError(
-                "reentrant gradient checkpointing recomputes outside the forward that made the routing; "
-                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        options["context_fn"] = self.context.checkpoint_contexts
-        enable = getattr(self.backbone, "activation_checkpointing_enable", None)
-        (enable or self.backbone.gradient_checkpointing_enable)(options)
+        checkpointing.enable(self.backbone, self.context, activation_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options: Any) -> None:
+        """The same under its older name."""
+        checkpointing.enable(self.backbone, self.context, gradient_checkpointing_kwargs, **options)

@@ -68,6 +68,9 @@ def _adapters(config: xLoRAConfig, given: Mapping[str, Any] | None) -> dict[str,
         raise ValueError(f"adapters: got the names {config.adapters}, need name → path to build a model")
     if given is None and config.adapters is None:
         raise ValueError("adapters: got none, need name → path in the config or as the third argument")
-    if given is not None and config.adapters is not None and dict(given) != config.adapters:
-        raise ValueError(f"adapters: got {list(given)} beside the config's {list(config.adapters)}; give them once")
+    if given is not None and config.adapters is not None and list(given.items()) != list(config.adapters.items()):
+        raise ValueError(
+            f"adapters: got {list(given)} beside the config's {list(config.adapters)}, need the same names and places "
+            "in the same order, which is that of the gates; give them once"
+        )
     return dict(given or config.adapters or {})

@@ -66,7 +66,7 @@ class xLoRAConfig:
         unknown = [name for name in given if name not in names and name not in PEFT_FIELDS]
         if unknown:
             raise ValueError("; ".join(_unknown(name, names) for name in unknown))
-        if given.get("base_model_id") is None and given.get("base_model_name_or_path") is not None:
+        if given.get("base_model_id") is None and given.get("base_model_name_or_path"):  # PEFT writes "" for none
             given["base_model_id"] = given["base_model_name_or_path"]
         for one in dataclasses.fields(self):
             setattr(self, one.name, given.get(one.name, one.default))

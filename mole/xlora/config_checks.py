@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -111,8 +112,10 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "expert_dtype": _one_of("auto", "float32", "bfloat16", "float16"),
     "kernel": _one_of("auto", "fused", "loop"),
     "modules_to_save": (
-        lambda v: isinstance(v, str) and (v in MODULES_TO_SAVE or (v.startswith("take:") and v != "take:")),
-        f"one of {', '.join(MODULES_TO_SAVE)}, take:<expert>",
+        lambda v: (
+            isinstance(v, str) and (v in MODULES_TO_SAVE or re.fullmatch(r"(?:take|train):.+", v, re.S) is not None)
+        ),
+        f"one of {', '.join(MODULES_TO_SAVE)}, take:<expert>, train:<expert>",
         "choose one of these",
     ),
     "pooled_gate": _one_of("auto", "first", "last", "mean"),

@@ -22,6 +22,7 @@ from mole.xlora.card import BaseFacts
 from mole.xlora.checkpoint import Checkpoint, Request, read_checkpoint
 from mole.xlora.config import is_device
 from mole.xlora.model import XLoraModel
+from mole.xlora.options import existing_device
 from mole.xlora.places import checkpoint_folder
 from mole.xlora.router_files import check_shapes, put_layers
 from mole.xlora.saving import MODULES, trained_tensors
@@ -47,7 +48,11 @@ def from_pretrained(
     TypeError for arguments that fit neither form.
     """
     options = {name: named.pop(name) for name in _OPTIONS if name in named}
-    slots = _slots(args, named)
+    slots, overrides = _slots(args, named), dict(options.get("config_overrides") or {})
+    if acting := [name for name in ("adapters", "device") if name in overrides]:
+        raise ValueError(
+            f"config_overrides: got {acting[0]}, which is no setting of the checkpoint; pass {acting[0]}=… beside it"
+        )
     if slots.get("from_safetensors") is False:
         raise ValueError(
             "from_safetensors: got False, need True; a .pt file is a pickle, which can run any program: convert it "
@@ -58,7 +63,7 @@ def from_pretrained(
         classifier_path=slots.get("classifier_path"),
         config_path=slots.get("config_path"),
         local_files_only=bool(options.get("local_files_only", False)),
-        overrides=dict(options.get("config_overrides") or {}),
+        overrides=overrides,
     )
     folder = checkpoint_folder(load_directory, local_files_only=request.local_files_only)
     checkpoint = read_checkpoint(folder, request)
@@ -74,7 +79,7 @@ def _build(model: PreTrainedModel, checkpoint: Checkpoint, device: Any) -> XLora
     """The model, with the router filled; an error gives `model` back as it was."""
     config = checkpoint.config
     config.check(experts=len(checkpoint.experts), hidden=model.config.get_text_config().hidden_size)
-    config.device = torch.device(device) if device is not None else None
+    config.device = None if device is None else existing_device(device)
     built = XLoraModel(model, config, checkpoint.experts)
     try:
         _check_sites(built.sites, checkpoint)
@@ -82,7 +87,7 @@ def _build(model: PreTrainedModel, checkpoint: Checkpoint, device: Any) -> XLora
         check_shapes(checkpoint.layers, config, built.shape.hidden_size, outputs, checkpoint.router_file)
         put_layers(built.router, checkpoint.layers)
         _put_modules(built, checkpoint)
-    except ValueError:
+    except Exception:
         built.unload()
         raise
     return built

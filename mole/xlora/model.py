@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -21,10 +21,12 @@ from transformers import PreTrainedModel
 
 from mole.adapters import Adapter
 from mole.mixtures import MultiExpertModel
+from mole.mixtures.forward_inputs import check_standing
 from mole.routers import XLoraRouter
+from mole.xlora import originals
 from mole.xlora.classifier import ClassifierView, dense_gates
 from mole.xlora.config import xLoRAConfig
-from mole.xlora.options import BUILT_IN, mixture_options
+from mole.xlora.options import BUILT_IN, existing_device, mixture_options
 from mole.xlora.places import ReadExpert
 from mole.xlora.saving import LAYOUTS, save_checkpoint
 from mole.xlora.scalings import ScalingsLog
@@ -46,6 +48,8 @@ class XLoraModel(MultiExpertModel):
         config.check(experts=len(experts), hidden=hidden)
         if config.scaling_pass_value is None:
             config.scaling_pass_value = 1.0 / len(experts)
+        if config.device is not None:
+            existing_device(config.device)
         read = {name: e if isinstance(e, ReadExpert) else ReadExpert(e) for name, e in experts.items()}
         super().__init__(
             backbone,
@@ -57,7 +61,7 @@ class XLoraModel(MultiExpertModel):
         config.hidden_size = hidden
         self.xlora_config = config
         now = self.adapters()
-        self.sources = {name: _kept(expert, now[name]) for name, expert in read.items()}
+        self.sources = {name: originals.kept(expert, now[name]) for name, expert in read.items()}
         self.scalings_log = ScalingsLog(self.listeners, self.sites, self.expert_names)
         self._trains_experts = config.use_trainable_adapters
         self._mark_trained()
@@ -71,6 +75,7 @@ class XLoraModel(MultiExpertModel):
     # ---- settings
     def _sync(self) -> None:
         """Lets assigned fields act. Raises ValueError for invalid ones, and for what the model was built with."""
+        check_standing(self)
         config = self.xlora_config
         if not config.changed:
             return
@@ -97,6 +102,13 @@ class XLoraModel(MultiExpertModel):
         if self._trains_experts:
             self.sources = {name: replace(expert, changed=True) for name, expert in self.sources.items()}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> XLoraModel:
+        """Moves everything; frozen experts that another dtype would round are kept aside for their files."""
+        if originals.rounds(self, fn):
+            self.sources = originals.before_rounding(self.sources, self.adapters)
+        super()._apply(fn, recurse)
+        return self
+
     def _set(self, name: str, value: Any) -> None:
         """Assigns one field, which acts at once; an invalid value leaves everything as it was."""
         before = getattr(self.xlora_config, name)
@@ -116,6 +128,7 @@ class XLoraModel(MultiExpertModel):
         self._set("global_scaling_weight", weight)
 
     def get_global_scaling_weight(self) -> float:
+        """The factor of all gates, as the config says it."""
         return self.xlora_config.global_scaling_weight
 
     set_global_lora_weight = set_global_scaling_weight
@@ -126,6 +139,7 @@ class XLoraModel(MultiExpertModel):
         self._set("top_k_lora", value)
 
     def get_topk_lora(self) -> int | None:
+        """How many experts of each token work; None: all."""
         return self.xlora_config.top_k_lora
 
     def set_use_trainable_adapters(self, use_trainable_adapters: bool) -> None:
@@ -133,10 +147,11 @@ class XLoraModel(MultiExpertModel):
         self._set("use_trainable_adapters", use_trainable_adapters)
 
     def get_use_trainable_adapters(self) -> bool:
+        """Whether the experts get gradients, as the config says it."""
         return self.xlora_config.use_trainable_adapters
 
     # ---- forward and generate
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Both passes: the backbone's inputs, by place (in the backbone's own order) or by name, and its output."""
         _refuse_adapter_names(kwargs)
         for name, value in zip(self._positions, args, strict=False):
@@ -146,7 +161,10 @@ class XLoraModel(MultiExpertModel):
         if len(args) > len(self._positions):
             raise TypeError(f"forward takes {len(self._positions)} arguments by place, got {len(args)}")
         self._sync()
-        return super().__call__(**kwargs)
+        return super().forward(**kwargs)
+
+    # `generate` and trainers look for the names of inputs there.
+    forward.__signature__ = signature(MultiExpertModel.forward)  # type: ignore[attr-defined]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, exact with the two caches; `use_cache=False` recomputes. Flags stay as they are."""
@@ -174,6 +192,7 @@ class XLoraModel(MultiExpertModel):
 
     def effective_gates(self, scalings: Tensor, layer: int | str) -> Tensor:
         """σ [B, S, L, E] → the gates [B, S, E] of one layer (its index or path): top-k, its softmax, global weight."""
+        self._sync()
         index = self.sites.index(layer) if isinstance(layer, str) else layer
         gates, ids = self.router.gates(scalings[:, :, index : index + 1])
         return dense_gates(gates, ids, self.shape.num_experts)[:, :, 0]
@@ -239,17 +258,19 @@ class XLoraModel(MultiExpertModel):
         return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
 
     def print_trainable_parameters(self) -> None:
+        """Prints both numbers and their ratio in percent, as PEFT does."""
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        *,
         safe_serialization: bool = True,
+        *,
         layouts: tuple[str, ...] = LAYOUTS,
         experts: str = "embed",
         is_main_process: bool = True,
+        state_dict: None = None,
     ) -> None:
         """Writes router, config, card and experts (`reference`: their places only) as a folder that mole, the original
         X-LoRA and, where they can, PEFT and mistral.rs read.
@@ -260,6 +281,11 @@ class XLoraModel(MultiExpertModel):
         self._sync()
         if not safe_serialization:
             raise ValueError("safe_serialization: got False, need True; mole writes safetensors only, never pickles")
+        if state_dict is not None:
+            raise ValueError(
+                "state_dict: got tensors, need None; a checkpoint holds router and experts as the model has them: load "
+                "the tensors into the model first, or gather its shards, and leave state_dict out"
+            )
         if is_main_process:
             save_checkpoint(self, Path(save_directory), layouts=layouts, experts=experts)
 
@@ -278,10 +304,12 @@ class XLoraModel(MultiExpertModel):
 
     @property
     def internal_xlora_classifier(self) -> ClassifierView:
+        """The router as PEFT's programs look at it."""
         return ClassifierView(self)
 
     @property
     def internal_xlora_scalings(self) -> Tensor | None:
+        """The latest scalings under PEFT's name."""
         return self.get_latest_scalings()
 
     @property
@@ -290,11 +318,13 @@ class XLoraModel(MultiExpertModel):
         return self
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: no weights equal the mixture."""
         raise ValueError("merge: the gates depend on the input, so no weights equal the mixture; use unload()")
 
     merge_adapter = merge_and_unload
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: experts are fixed when the model is built."""
         raise ValueError("experts and their order are fixed when the model is built: unload() and build a new one")
 
     delete_adapter = set_adapter = load_adapter
@@ -302,17 +332,6 @@ class XLoraModel(MultiExpertModel):
 
 XLoraModel.__name__ = "XLoraModel"
 xLoRAModel = XLoraModel
-
-
-def _kept(expert: ReadExpert, now: Adapter) -> ReadExpert:
-    """The expert with its own tensors only where the model holds others (rounded ones): a saved copy has them."""
-    assert expert.adapter is not None
-    mine, models = expert.adapter.tensors(), now.tensors()
-    same = mine.keys() == models.keys() and all(
-        tensor.dtype == models[name].dtype and torch.equal(tensor, models[name].to(tensor.device))
-        for name, tensor in mine.items()
-    )
-    return replace(expert, adapter=None if same else expert.adapter)
 
 
 def _size(parameter: Tensor) -> int:

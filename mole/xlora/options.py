@@ -5,6 +5,8 @@ from __future__ import annotations
 from inspect import signature
 from typing import Any
 
+import torch
+
 from mole.mixtures import MultiExpertModel
 from mole.xlora.config import xLoRAConfig
 
@@ -33,6 +35,19 @@ _PASSED_ON = (
     "gate_lora_bias",
     "scaling_pass_dropout",
 )
+
+
+def existing_device(device: Any) -> torch.device:
+    """The device of that name. Raises ValueError for what is none, or none of this machine's."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch built without CUDA asserts
+        raise ValueError(
+            f"device: got {str(device)!r}, need a device of this machine such as 'cpu' ({error}); leave it out to "
+            "follow the model"
+        ) from None
+    return found
 
 
 def mixture_options(config: xLoRAConfig) -> dict[str, Any]:

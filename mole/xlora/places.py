@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
+
 from mole.adapters import Adapter, peft_format
 from mole.experts.card import bytes_facts, digest_of
-from mole.untrusted import MAX_WEIGHTS_BYTES, Damaged, Refused, read_file, safetensors_header, shown
+from mole.untrusted import (
+    MAX_WEIGHTS_BYTES,
+    Damaged,
+    Refused,
+    read_file,
+    safetensors_header,
+    safetensors_tensors,
+    shown,
+)
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+# What PEFT's filter ("lora_" and the adapter's name in a key) lets into the folder of an expert of the original X-LoRA:
+# tensors of the router, and those of other experts, if experts are numbered.
+_FOREIGN = re.compile(
+    r"(?:.*\.)?internal_xlora_classifier\..*|.*\.lora_(?:embedding_)?(?:A|B|magnitude_vector)\.\d+(?:\.(?:weight|bias))?"
+)
 _HOW = (
     "mole reads safetensors only, as a pickle can run any program that its author put inside. If you trust the file, "
     "convert it yourself, in a container without network: python scripts/pickle_to_safetensors.py"
@@ -69,10 +85,19 @@ def find_expert(folder: Path, source: str) -> ReadExpert | None:
     if not (folder / peft_format.CONFIG).is_file() or not weights.is_file():
         return None
     data = read_file(weights, MAX_WEIGHTS_BYTES)
-    if not any(".lora_" in name for name in safetensors_header(data, str(weights))[0]):
+    names = list(safetensors_header(data, str(weights))[0])
+    own = [name for name in names if not _FOREIGN.fullmatch(name)]
+    if not any(".lora_" in name for name in own):
         return None
     config = read_file(folder / peft_format.CONFIG, peft_format.MAX_CONFIG_BYTES)
-    return ReadExpert(peft_format.parse(config, data, str(folder)).adapter, source, digest(config, data))
+    mine = data if len(own) == len(names) else _only(data, own, str(weights))
+    return ReadExpert(peft_format.parse(config, mine, str(folder)).adapter, source, digest(config, data))
+
+
+def _only(data: bytes, names: Iterable[str], what: str) -> bytes:
+    """The safetensors file with these of its tensors."""
+    tensors = safetensors_tensors(data, what)
+    return save({name: tensors[name] for name in names}, metadata={"format": "pt"})
 
 
 def digest(config: bytes, weights: bytes) -> str:

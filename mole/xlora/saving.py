@@ -14,10 +14,11 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -80,8 +81,12 @@ def save_checkpoint(model: XLoraModel, folder: Path, *, layouts: Iterable[str], 
         raise ValueError(f"layouts: got {unknown[0]!r}, need some of {', '.join(LAYOUTS)}")
     if experts not in ("embed", "reference"):
         raise ValueError(f"experts: got {experts!r}, need 'embed' (copies) or 'reference' (their places only)")
-    rows, files = _experts(model, folder, experts)
     layers = router_files.layers_of(model.router)
+    names = ("weight", "bias")
+    parts = {f"router: {names[i]} of layer {k + 1}": w for k, pair in enumerate(layers) for i, w in enumerate(pair)}
+    tensors = {name: tensor for name, tensor in parts.items() if tensor is not None}
+    _check_finite({**tensors, **trained_tensors(model)})
+    rows, files = _experts(model, folder, experts)
     files |= {ROUTER: router_files.dump_original(layers, model.xlora_config), CONFIG: _original_config(model)}
     if trained := trained_tensors(model):
         files[MODULES] = save({name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()})
@@ -157,7 +162,21 @@ def _experts(model: XLoraModel, folder: Path, how: str) -> tuple[tuple[ExpertRow
 
 def _current(model: XLoraModel, name: str) -> Adapter:
     expert = model.sources[name]
-    return model.adapters()[name] if expert.adapter is None or expert.changed else expert.adapter
+    if expert.adapter is not None and not expert.changed:
+        return expert.adapter
+    adapter = model.adapters()[name]
+    _check_finite({f"expert {name!r} at {path}": tensor for path, tensor in adapter.tensors().items()})
+    return adapter
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for NaN and infinity: no reader takes them, and they must replace no good checkpoint."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{name}: got values that are not finite (NaN or infinity), need numbers; nothing was saved: go back "
+                "to an earlier checkpoint, and train with a lower learning rate or clipped gradients"
+            )
 
 
 def _original_config(model: XLoraModel) -> bytes:

@@ -71,6 +71,13 @@ def test_the_gates_differ_from_token_to_token_and_layer_to_layer(family):
     assert scalings.std(dim=2).max() > 0.05
 
 
+def test_the_output_may_be_a_tuple(family):
+    with torch.no_grad():
+        got, want = family.model(**family.inputs, return_dict=False), family.model(**family.inputs)
+    assert isinstance(got, tuple)
+    assert torch.equal(got[0], want.logits)
+
+
 def test_an_expert_alone_equals_peft(family):
     for index, theirs in enumerate(family.theirs):
         with torch.no_grad(), family.model.fixed_routing({f"expert {index}": 1.0}):

@@ -143,3 +143,16 @@ def test_training_and_plain_forwards_never_reuse():
             cache = out.past_key_values
             parts.append(out.logits)
     torch.testing.assert_close(torch.cat(parts, 1), want, rtol=0, atol=1e-10)
+
+
+def test_static_caches_whose_masks_are_for_one_token_are_refused_where_several_would_be_read(prompts):
+    """With a sliding window sizes did not fit; without one, tokens that waited saw later ones."""
+    options = {**OPTIONS, "cache_implementation": "static", "disable_compile": True}
+    with pytest.raises(ValueError, match="gate_refresh=2 reads several tokens.*leave cache_implementation out"):
+        with_reuse("xlora", gate_refresh=2).generate(**prompts, **options)
+    frozen = with_reuse("xlora", gate_freeze_after=2)
+    found = frozen.generate(**prompts, **options)
+    assert torch.equal(found.sequences, frozen.generate(**prompts, **OPTIONS).sequences)
+    masks = {"attention_mask": torch.ones(2, 1, 1, 32, dtype=torch.bool)}
+    with pytest.raises(ValueError, match="more tokens than the attention_mask is made for"):
+        found.past_key_values.reuse.with_waiting({"input_ids": prompts["input_ids"], **masks})

@@ -5,8 +5,12 @@ import errno
 import pytest
 import torch
 from mixture_cases import mixture
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from mole.adapters import Adapter, LoraWeights
+from mole.mixtures import MultiExpertModel
 from mole.mixtures.two_pass.hidden_store import HiddenStore, store_bytes
+from mole.routers import XLoraConfig
 
 
 @pytest.fixture
@@ -122,3 +126,43 @@ def test_experts_in_the_routing_pass_forbid_it(store):
     model.hidden_store = store
     with pytest.raises(ValueError, match="only if no expert works in the routing pass"):
         gradients(model, batch([4]))
+
+
+def test_a_backbone_with_absolute_positions_is_read_again_where_padding_moved_its_tokens(store):
+    """GPT-2 without position_ids counts from the first slot; a Llama sees only how far tokens are apart."""
+    sizes = {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+    backbone = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3)).eval()
+    a, b = torch.randn(2, 32, generator=torch.Generator().manual_seed(1)), torch.ones(96, 2)
+    experts = {"one": Adapter(method="lora", modules={"transformer.h.0.attn.c_attn": LoraWeights(a, b, alpha=2.0)})}
+    model = MultiExpertModel(backbone, experts, XLoraConfig())
+    ids = torch.arange(3, 8)[None]
+    plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {name: torch.nn.functional.pad(tensor, (3, 0)) for name, tensor in plain.items()}
+
+    hidden = []
+    model.router.register_forward_pre_hook(lambda module, args: hidden.append(args[1].inputs.hidden_states))
+
+    def states(inputs):
+        model.train()
+        model(**inputs, use_cache=False)
+        return hidden[-1]
+
+    want = [states(plain), states(padded)]
+    model.hidden_store = store
+    for _ in range(2):
+        for inputs, expected in zip((plain, padded), want, strict=True):
+            torch.testing.assert_close(states(inputs)[:, -5:], expected[:, -5:])
+    assert (store.misses, store.hits) == (2, 2)
+    assert not torch.allclose(want[0], want[1][:, 3:], atol=1e-2)
+    positions = {**plain, "position_ids": torch.arange(5)[None]}
+    moved = {**padded, "position_ids": torch.tensor([[0, 0, 0, 0, 1, 2, 3, 4]])}
+    states(positions), states(moved)
+    assert (store.misses, store.hits) == (2, 4)  # the places that the plain row has anyway
+
+
+def test_a_rotary_backbone_is_not_read_again_where_padding_moved_its_tokens(store):
+    model = mixture("xlora").train()
+    model.hidden_store = store
+    model(**batch([5, 9]), use_cache=False)
+    model(**batch([5, 9], side="left"), use_cache=False)
+    assert (store.misses, store.hits) == (2, 2)

@@ -9,7 +9,7 @@ from mixture_cases import CONFIGS, TASKS, llama, mixture, three_experts
 
 from mole.adapters import Adapter, LoraWeights
 from mole.mixtures import MultiExpertModel
-from mole.routers import UniformConfig
+from mole.routers import UniformConfig, XLoraConfig
 from mole.routing import Routing
 
 
@@ -171,9 +171,42 @@ def test_gradient_checkpointing_changes_no_gradient(batch):
         assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
 
 
-def test_reentrant_checkpointing_is_refused():
+ENABLING = ["activation_checkpointing_enable", "gradient_checkpointing_enable"]  # transformers' newer name, its older
+
+
+@pytest.mark.parametrize("name", ENABLING)
+def test_reentrant_checkpointing_is_refused(name):
     with pytest.raises(ValueError, match="reentrant"):
-        mixture("xlora").gradient_checkpointing_enable({"use_reentrant": True})
+        getattr(mixture("xlora"), name)({"use_reentrant": True})
+
+
+def _router_gradients(model, batch):
+    model.train().router.eval()
+    model(**batch).logits.square().mean().backward()
+    return {name: parameter.grad for name, parameter in model.router.named_parameters()}
+
+
+def test_checkpointing_under_its_newer_name_and_of_a_backbone_that_has_it_on_change_no_gradient(batch):
+    want = _router_gradients(mixture("xlora"), batch)
+    newer = mixture("xlora")
+    newer.activation_checkpointing_enable(every_n_layers=1)
+    backbone = llama()
+    backbone.activation_checkpointing_enable()
+    before = MultiExpertModel(backbone, three_experts(backbone), XLoraConfig())
+    before.router.load_state_dict(newer.router.state_dict())
+    for model in (newer, before):
+        assert model.is_activation_checkpointing
+        got = _router_gradients(model, batch)
+        assert all(torch.equal(got[name], want[name]) and want[name].any() for name in want)
+
+
+def test_a_backbone_under_reentrant_checkpointing_is_refused_and_given_back():
+    backbone = llama()
+    backbone.activation_checkpointing_enable({"use_reentrant": True})
+    modules = dict(backbone.named_modules())
+    with pytest.raises(ValueError, match="reentrant"):
+        MultiExpertModel(backbone, three_experts(backbone), XLoraConfig())
+    assert dict(backbone.named_modules()) == modules
 
 
 def test_two_threads_equal_one_after_the_other(batch):

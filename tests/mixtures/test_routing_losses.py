@@ -1,5 +1,7 @@
 """A mixture's output in training carries the losses on its routing; nothing else changes."""
 
+from inspect import signature
+
 import pytest
 import torch
 from mixture_cases import mixture
@@ -70,3 +72,34 @@ def test_what_the_losses_are_taken_over_reaches_them():
         torch.manual_seed(0)
         values[over] = float(model(input_ids=IDS, use_cache=False).auxiliary_loss.detach())
     assert values["sequence"] > values["microbatch"]
+
+
+def test_labels_that_no_loss_reads_and_names_and_indices_that_nobody_has_are_refused_before_the_forward():
+    model = mixture("xlora").train()
+    model.backbone.model.register_forward_pre_hook(lambda module, args: pytest.fail("a forward began"))
+    with pytest.raises(ValueError, match=r"expert_labels: no loss reads them.*set losses\['expert_label'\]"):
+        model(input_ids=IDS, labels=IDS, expert_labels=torch.tensor([0, 1]))
+    model.losses = {"expert_labels": 1.0}
+    with pytest.raises(ValueError, match="'expert_labels'.*expert_label"):
+        model(input_ids=IDS, expert_labels=torch.tensor([0, 1]))
+    model.losses = {"expert_label": 1.0}
+    for odd in (3, -1):
+        with pytest.raises(ValueError, match=rf"expert_labels: got {odd}, need the index of an expert \(0 sums, 1 "):
+            model(input_ids=IDS, expert_labels=torch.tensor([-100, odd]))
+
+
+def test_losses_have_no_place_in_a_tuple():
+    model = mixture("xlora").train()
+    assert torch.equal(model(input_ids=IDS, return_dict=False)[0], model(input_ids=IDS).logits)
+    model.losses = {"token_entropy": 1.0}
+    with pytest.raises(ValueError, match="a tuple has no place for auxiliary_loss"):
+        model(input_ids=IDS, return_dict=False)
+
+
+@pytest.mark.parametrize("name", ["xlora", "uniform"])
+def test_the_backbone_s_labels_are_a_parameter_with_a_name_as_trainers_look_for_it(name):
+    model = mixture(name)
+    assert "labels" in signature(model.forward).parameters
+    found = model(input_ids=IDS, labels=IDS, use_cache=False)
+    want = torch.nn.functional.cross_entropy(found.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    torch.testing.assert_close(found.loss, want)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from family_cases import case
 from mixture_cases import CONFIGS, mixture
 
 from mole.mixtures import TwoStreamCache
 from mole.mixtures.two_pass.speculation import _choose
+from mole.routers import XLoraConfig
 from mole.routing.log import RoutingLog
 
 ROUTED = [name for name in CONFIGS if name.startswith("xlora")]
@@ -178,3 +180,26 @@ def test_what_speculation_cannot_serve_is_refused(prompts):
     other = mixture(next(name for name in CONFIGS if not name.startswith("xlora")))
     with pytest.raises(ValueError, match="drafts with the routing pass"):
         other.generate(**prompts, self_speculation=True, **OPTIONS)
+
+
+@pytest.mark.parametrize("new", [1, 2, 12])
+@pytest.mark.parametrize("name", ["xlora", "xlora_layerwise", "xlora_top_k"])
+def test_the_router_s_latest_word_is_that_of_ordinary_decoding(name, new, prompts):
+    model, said = mixture(name, torch.float64), []
+    for speculation in (False, True):
+        model.generate(**prompts, **{**OPTIONS, "max_new_tokens": new}, self_speculation=speculation)
+        said.append(model.router.latest)
+    for got, want in zip(said[1], said[0], strict=True):
+        assert (got is None) == (want is None)
+        if got is not None:
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_backbones_whose_head_calls_the_inner_decoder_itself_draft_too(family, tmp_path):
+    one = case(family, tmp_path, XLoraConfig(layerwise=True, temperature=0.3, dtype="float64"))
+    model, prompt = one.model.double(), one.inputs["input_ids"][:1]
+    options = {**OPTIONS, "attention_mask": torch.ones_like(prompt)}
+    want = model.generate(prompt, **options)
+    assert torch.equal(model.generate(prompt, self_speculation=True, **options), want)
+    assert model.speculation.tokens == 11

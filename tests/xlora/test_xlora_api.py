@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
 from xlora_cases import SITES, build, ids, llama, logits, lora, randomise
 
 from mole import xlora
@@ -153,6 +154,32 @@ def test_inputs_by_place_and_by_name_are_the_same(model):
             model(ids(), input_ids=ids())
 
 
+def test_forward_and_effective_gates_follow_assigned_fields_and_places_as_the_call_does(model):
+    types = torch.ones(2, 9, dtype=torch.long)
+    bert = build_on_bert()
+    with torch.no_grad():
+        want = bert(input_ids=ids(), attention_mask=types, token_type_ids=types).logits
+        assert torch.equal(bert.forward(ids(), types, types).logits, want)  # a BERT's third is token_type_ids
+        assert not torch.equal(bert(ids(), types).logits, want)
+        before = logits(model)
+        model.xlora_config.top_k_lora = 1
+        scalings = model.get_latest_scalings()
+        assert (model.effective_gates(scalings, 0) > 0).sum(-1).max() == 1
+        model.xlora_config.global_scaling_weight = 0.5
+        after = model.forward(input_ids=ids()).logits
+        assert torch.equal(after, logits(model))
+        assert not torch.equal(after, before)
+    with pytest.raises(ValueError, match="adapter_names"):
+        model.forward(input_ids=ids(), adapter_names=["law", "code"])
+
+
+def build_on_bert():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = BertForMaskedLM(BertConfig(vocab_size=101, initializer_range=0.3, **sizes)).eval()
+    experts = {str(seed): lora(seed, targets=("query", "value"), model=base) for seed in range(2)}
+    return randomise(xlora.XLoraModel(base, xlora.xLoRAConfig(), experts))
+
+
 def test_mixed_batches_are_refused(model):
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="adapter_names"):
@@ -220,6 +247,17 @@ def test_unload_gives_back_the_very_layers(folders):
     assert model.unload() is base
     assert dict(base.named_modules()) == before
     assert torch.equal(logits(base), logits(llama()))
+    for call in (model, model.generate, model.forward):
+        with pytest.raises(ValueError, match=r"unload\(\) gave the backbone back"):
+            call(input_ids=ids())
+    with pytest.raises(ValueError, match=r"unload\(\) gave the backbone back"):
+        model.save_pretrained("nowhere")
+
+
+def test_every_public_method_says_what_it_does():
+    own = {name: value for name, value in vars(xlora.XLoraModel).items() if not name.startswith("_")}
+    silent = [name for name, value in own.items() if (callable(value) or isinstance(value, property))]
+    assert [name for name in silent if not own[name].__doc__] == []
 
 
 @pytest.mark.parametrize("name", ["merge_and_unload", "merge_adapter", "load_adapter", "delete_adapter", "set_adapter"])

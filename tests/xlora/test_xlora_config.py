@@ -47,6 +47,7 @@ BAD = [
     ("expert_dtype", "int8"),
     ("kernel", "fast"),
     ("modules_to_save", "take:"),
+    ("modules_to_save", "train:"),
     ("modules_to_save", "all"),
     ("pooled_gate", "median"),
     ("gate_lora_bias", 1),
@@ -191,3 +192,8 @@ def test_a_field_assigned_later_acts(model):
     model.xlora_config.softmax_temperature = 0.1
     model(torch.tensor([[3, 4]]))
     assert not torch.allclose(model.get_latest_scalings(), before)
+
+
+def test_an_empty_base_model_of_peft_s_is_none():
+    assert xLoRAConfig(base_model_name_or_path="").base_model_id is None
+    assert xLoRAConfig(base_model_name_or_path="org/base").base_model_id == "org/base"

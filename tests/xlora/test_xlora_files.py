@@ -139,6 +139,25 @@ def test_references_name_the_sources_and_check_them(tmp_path):
         made_here.save_pretrained(tmp_path / "y", experts="reference")
 
 
+@pytest.mark.parametrize(
+    "move", [lambda m: m.to(torch.bfloat16), lambda m: m.half().float(), lambda m: m.bfloat16().half()]
+)
+def test_frozen_experts_are_saved_with_their_own_bits_from_a_model_that_was_rounded(folders, tmp_path, move):
+    model = build(folders)
+    move(model).save_pretrained(tmp_path / "x")
+    for name, folder in folders.items():
+        own, saved = (load_file(Path(f) / "adapter_model.safetensors") for f in (folder, tmp_path / "x" / name))
+        assert own.keys() == saved.keys()
+        assert all(saved[key].dtype == own[key].dtype and torch.equal(saved[key], own[key]) for key in own)
+
+
+def test_trained_experts_are_saved_as_the_model_holds_them_after_rounding(folders, tmp_path):
+    model = build(folders, use_trainable_adapters=True)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "x")
+    saved = load_file(tmp_path / "x" / "law" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
 def test_a_float64_router_keeps_its_bits(folders, tmp_path):
     model = build(folders, llama(torch.float64), router_dtype="float64")
     model.save_pretrained(tmp_path / "x")
@@ -185,9 +204,13 @@ def test_hidden_layers_are_numbered_as_the_original_does(relu, step, folders, tm
 
 
 def test_the_ordering_file_of_mistralrs(model, folders, tmp_path):
+    with pytest.raises(ValueError, match="base_model_id: got None, need the base model's Hub id"):
+        model.export_ordering(tmp_path / "new" / "ordering.json")
+    model.xlora_config.base_model_id = "org/base"
     model.export_ordering(tmp_path / "new" / "ordering.json")
     ordering = json.loads((tmp_path / "new" / "ordering.json").read_text())
     assert ordering["order"] == ["law", "code", "bio"]
+    assert ordering["base_model_id"] == "org/base"
     assert ordering["layers"] == {site: index for index, site in enumerate(model.sites)}
     other = build(folders, top_k_lora=2, enable_softmax=False, enable_softmax_topk=True)
     with pytest.raises(ValueError, match="mistral.rs has no softmax"):
@@ -220,11 +243,28 @@ def test_bad_arguments_of_save_are_refused_before_anything_is_written(model, tmp
         ({"safe_serialization": False}, "safetensors only"),
         ({"layouts": ("hf",)}, "layouts: got 'hf'"),
         ({"experts": "link"}, "experts: got 'link'"),
+        ({"state_dict": model.state_dict()}, "state_dict: got tensors, need None"),
     ]:
         with pytest.raises(ValueError, match=says):
             model.save_pretrained(tmp_path / "x", **options)
-    model.save_pretrained(tmp_path / "x", is_main_process=False)
+    with pytest.raises(ValueError, match="safetensors only"):
+        model.save_pretrained(tmp_path / "x", False)
+    model.save_pretrained(tmp_path / "x", is_main_process=False, state_dict=None)
     assert not (tmp_path / "x").exists()
+    model.save_pretrained(tmp_path / "x", True)
+    assert (tmp_path / "x" / "mole_xlora.json").is_file()
+
+
+@pytest.mark.parametrize("where", ["router", "expert"])
+def test_values_that_are_not_finite_replace_no_good_checkpoint(folders, tmp_path, where):
+    model = build(folders, use_trainable_adapters=True)
+    model.save_pretrained(tmp_path / "x")
+    want = logits(model)
+    tensor = model.router.classifier[-1].bias if where == "router" else next(iter(model.layers.values())).bank.A
+    tensor.data.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match=rf"{where}.*: got values that are not finite.*nothing was saved"):
+        model.save_pretrained(tmp_path / "x")
+    assert torch.equal(logits(xlora.from_pretrained(tmp_path / "x", llama())), want)
 
 
 @pytest.mark.parametrize("fails_at", range(0, 26, 5))

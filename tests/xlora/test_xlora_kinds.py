@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -85,7 +86,7 @@ def test_embedding_experts_are_pefts_and_peft_loads_them(tmp_path):
     assert (logits(model) - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-@pytest.mark.parametrize("policy", ["error", "base", "take:second", "mean", "mix", "train"])
+@pytest.mark.parametrize("policy", ["error", "base", "take:second", "mean", "mix", "train", "train:first"])
 def test_heads_of_experts_follow_the_policy_and_come_back(policy, tmp_path):
     adapters = {
         name: made_by_peft(tmp_path / name, classifier, seed, task_type="SEQ_CLS", target_modules=["v_proj"])
@@ -99,17 +100,17 @@ def test_heads_of_experts_follow_the_policy_and_come_back(policy, tmp_path):
         return
     model = randomise(xlora.add_xlora_to_model(base, config, adapters))
     trained = [name for name, p in model.named_parameters() if p.requires_grad and "router" not in name]
-    assert bool(trained) == (policy == "train")
+    assert bool(trained) == policy.startswith("train")
     for name, parameter in model.named_parameters():
         if name in trained:
             parameter.data.add_(0.5)
     want = logits(model)
     model.save_pretrained(tmp_path / "x")
-    assert (tmp_path / "x" / "modules_to_save.safetensors").is_file() == (policy == "train")
+    assert (tmp_path / "x" / "modules_to_save.safetensors").is_file() == policy.startswith("train")
     for name in adapters:
         assert_own_bits(adapters[name], tmp_path / "x" / name)
     assert torch.equal(logits(xlora.from_pretrained(tmp_path / "x", classifier())), want)
-    if policy == "train":
+    if policy.startswith("train"):
         path = tmp_path / "x" / "modules_to_save.safetensors"
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
@@ -132,3 +133,42 @@ def test_load_model_loads_a_classifier_with_its_head(tmp_path):
     loaded, _ = xlora.xlora_utils.load_model(str(tmp_path / "x"), "cpu", torch.float32)
     assert logits(loaded).shape == (len(ids()), 3)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def cpu_offloaded(base, folder):
+    cpu_offload(base, execution_device=torch.device("cpu"))
+
+
+def disk_offloaded(base, folder):
+    disk_offload(base, str(folder), execution_device=torch.device("cpu"))
+
+
+def partly_offloaded(base, folder):
+    parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "model.layers.0": "cpu"}
+    dispatch_model(base, {**parts, "model.layers.1": "disk", "lm_head": "disk"}, main_device="cpu", offload_dir=folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*offloaded")
+@pytest.mark.parametrize("offload", [cpu_offloaded, disk_offloaded, partly_offloaded])
+def test_an_offloaded_base_gives_the_same_logits_tokens_and_files(offload, tmp_path):
+    adapters = {
+        name: made_by_peft(tmp_path / name, llama, index, task_type="CAUSAL_LM", **KINDS[kind])
+        for index, (name, kind) in enumerate(
+            [("a", "plain"), ("b", "embedding and head"), ("c", "biases of their own")]
+        )
+    }
+    config = xlora.xLoRAConfig(layerwise_scalings=True)
+    there = randomise(xlora.add_xlora_to_model(llama(), config, adapters))
+    base = llama()
+    offload(base, tmp_path / "offloaded")
+    assert any(parameter.device.type == "meta" for parameter in base.parameters())
+    model = randomise(xlora.add_xlora_to_model(base, config, adapters))
+    assert model.device.type == "cpu"
+    assert torch.equal(logits(model), logits(there))
+    assert torch.equal(*(one.generate(ids(), max_new_tokens=4, do_sample=False) for one in (model, there)))
+    model.save_pretrained(tmp_path / "x")
+    assert torch.equal(logits(xlora.from_pretrained(tmp_path / "x", llama())), logits(there))
+    model.unload()
+    dora = {"d": made_by_peft(tmp_path / "d", llama, 0, task_type="CAUSAL_LM", **KINDS["dora"])}
+    with pytest.raises(ValueError, match=r"expert 'd' at model\.layers\..*which are offloaded"):
+        xlora.add_xlora_to_model(base, config, dora)

@@ -53,6 +53,27 @@ def test_a_config_without_adapters_asks_for_them(parts, folders):
         load(folder, adapters={name: folders[name] for name in ("law", "code")})
 
 
+def test_router_tensors_and_other_numbered_experts_in_an_expert_folder_are_left_out(parts, folders):
+    """As PEFT 0.19.1 saves the experts of the original X-LoRA: its filter takes "lora_" in "xlora_classifier" too."""
+    folder, config, want = parts
+    write(folder, config, adapters=["0", "1", "2"])
+    for index, place in enumerate(folders.values()):
+        shutil.copytree(place, folder / str(index))
+
+        def pollute(tensors, index=index):
+            for name in [name for name in tensors if ".layers.0." in name]:
+                for end in (".lora_A.weight", ".lora_B.weight"):
+                    if name.endswith(end):
+                        other = name.replace(end, f"{end[:7]}.{(index + 1) % 3}.weight")
+                        tensors[other] = torch.ones_like(tensors[name])
+            tensors["base_model.internal_xlora_classifier.inner.0.bias"] = torch.ones(8)
+            tensors["internal_xlora_classifier.last.bias"] = torch.ones(3)
+
+        edit(folder / str(index) / "adapter_model.safetensors", pollute)
+    assert any(".lora_A.1." in name for name in load_file(folder / "0" / "adapter_model.safetensors"))
+    assert torch.equal(load(folder), want)
+
+
 def test_hub_sub_paths_are_found_beside_the_config(parts, folders):
     folder, config, want = parts
     write(folder, config, adapters={name: f"org/repo/experts/{name}/" for name in folders}, base_model_id="org/base")

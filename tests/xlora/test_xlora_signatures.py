@@ -45,6 +45,8 @@ def test_adapters_are_given_once_and_somewhere(folders):
         xlora.add_xlora_to_model(llama(), xlora.xLoRAConfig())
     with pytest.raises(ValueError, match=r"got \['law'\] beside the config's"):
         xlora.add_xlora_to_model(llama(), xlora.xLoRAConfig(adapters=folders), {"law": folders["law"]})
+    with pytest.raises(ValueError, match="in the same order, which is that of the gates"):
+        xlora.add_xlora_to_model(llama(), xlora.xLoRAConfig(adapters=folders), dict(reversed(folders.items())))
     with pytest.raises(ValueError, match="got the names"):
         xlora.add_xlora_to_model(llama(), xlora.xLoRAConfig(adapters=["law"]))
     with pytest.raises(TypeError, match=r"float by place.*verbose: bool"):
@@ -119,6 +121,25 @@ def test_other_names_are_refused_with_both_lists(saved, adapters):
 def test_arguments_that_fit_no_form_show_both(saved, args, named):
     with pytest.raises(TypeError, match=r"from_pretrained\(folder, model, device.*or, earlier"):
         xlora.from_pretrained(saved[0], llama(), *args, **named)
+
+
+@pytest.mark.parametrize("name", ["adapters", "device"])
+def test_overrides_that_could_not_act_are_refused(saved, folders, name):
+    value = folders if name == "adapters" else "cpu"
+    with pytest.raises(ValueError, match=f"config_overrides: got {name}.* pass {name}=… beside it"):
+        xlora.from_pretrained(saved[0], llama(), config_overrides={name: value})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there_is_refused_and_the_base_stays_as_it_was(saved, folders):
+    base = llama()
+    modules = dict(base.named_modules())
+    with pytest.raises(ValueError, match="device: got 'cuda', need a device of this machine"):
+        xlora.add_xlora_to_model(base, xlora.xLoRAConfig(device="cuda"), folders)
+    for device in ("cuda", "abacus"):
+        with pytest.raises(ValueError, match=f"device: got '{device}', need a device of this machine"):
+            xlora.from_pretrained(saved[0], base, device=device)
+    assert dict(base.named_modules()) == modules
 
 
 def test_pickled_routers_are_refused_with_the_way_out(saved):

@@ -58,6 +58,20 @@ class TwoStreamCache(Cache):
             "give that model a cache of its own"
         )
 
+    update_conv_state = update_recurrent_state = update_indexer = update
+
+    def early_initialization(self, *args: Any, **kwargs: Any) -> None:
+        self.mixture.early_initialization(*args, **kwargs)
+        self.scaling.early_initialization(*args, **kwargs)
+
+    def offload(self, *args: Any, **kwargs: Any) -> None:
+        self.mixture.offload(*args, **kwargs)
+        self.scaling.offload(*args, **kwargs)
+
+    def prefetch(self, *args: Any, **kwargs: Any) -> None:
+        self.mixture.prefetch(*args, **kwargs)
+        self.scaling.prefetch(*args, **kwargs)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held; RuntimeError if the two streams disagree."""
         length, other = self.mixture.get_seq_length(layer_idx), self.scaling.get_seq_length(layer_idx)

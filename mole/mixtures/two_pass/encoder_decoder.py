@@ -139,7 +139,7 @@ def _decoder_state(model: Any, inputs: dict[str, Any], cache: Cache | None) -> T
     renames = {"decoder_input_ids": "input_ids", "decoder_attention_mask": "attention_mask"}
     renames |= {"decoder_inputs_embeds": "inputs_embeds", "attention_mask": "encoder_attention_mask"}
     given = {new: inputs[old] for old, new in renames.items() if inputs.get(old) is not None}
-    given |= {"past_key_values": cache, "use_cache": cache is not None}
+    given |= {"past_key_values": cache, "use_cache": cache is not None, "return_dict": True}
     states = inputs["encoder_outputs"].last_hidden_state
     with torch.no_grad(), dropout_off(backbone, unless=dropout):
         return backbone.get_decoder()(**given, encoder_hidden_states=states).last_hidden_state

@@ -57,6 +57,11 @@ class GateReuse:
         """`inputs`, preceded by the tokens that wait; nothing waits any more."""
         if self.ids is None:
             return inputs
+        if (mask := inputs.get("attention_mask")) is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise ValueError(
+                "gates were reused, and the routing pass now reads more tokens than the attention_mask is made for: "
+                "use a cache that grows (no cache_implementation), or gate_refresh=1 and gate_freeze_after=null"
+            )
         if "input_ids" not in inputs:
             raise ValueError("gates were reused, so the forward after them needs input_ids, not inputs_embeds")
         inputs = {**inputs, "input_ids": _joined(self.ids, inputs["input_ids"])}
@@ -93,6 +98,11 @@ def route(
     reuses = router.gate_refresh > 1 or router.gate_freeze_after is not None
     if not reuses or pair is None or not frame.generating:
         return _fresh(router, frame, routing_pass(inputs))
+    if router.gate_refresh > 1 and pair.is_compileable:
+        raise ValueError(
+            f"gate_refresh={router.gate_refresh} reads several tokens in a routing pass, and masks of a static cache "
+            "are made for one: leave cache_implementation out, or set gate_refresh=1"
+        )
     if pair.reuse is None:
         pair.reuse = GateReuse()
     reuse, tokens = pair.reuse, inputs.get("input_ids")

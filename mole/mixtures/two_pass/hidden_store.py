@@ -42,19 +42,28 @@ class HiddenStore:
         self._end, self._width, self._is_full = 0, 0, False
 
     def hidden_states(
-        self, inputs: dict[str, Any], compute: Callable[[dict[str, Any]], Tensor], valid: Tensor | None = None
+        self,
+        inputs: dict[str, Any],
+        compute: Callable[[dict[str, Any]], Tensor],
+        valid: Tensor | None = None,
+        *,
+        by_place: bool = False,
     ) -> Tensor:
         """[B, T, H] for `input_ids` [B, T] with `attention_mask`; `compute` serves the rows that are new.
 
-        `valid` bool [B, T] tells padding where there is no mask. At padding the result is zero. Raises ValueError
-        without `input_ids`.
+        `valid` bool [B, T] tells padding where there is no mask. At padding the result is zero. `by_place`: without
+        `position_ids` the backbone counts from the first slot of a row, padding or not, and the count matters. Raises
+        ValueError without `input_ids`.
         """
         ids = inputs.get("input_ids")
         if ids is None:
             raise ValueError("hidden states are kept for sequences of tokens, got no input_ids")
         mask = inputs.get("attention_mask") if valid is None else valid
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        keys = _keys(ids, real, inputs.get("position_ids"))
+        positions = inputs.get("position_ids")
+        if positions is None and by_place:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        keys = _keys(ids, real, positions)
         new = [row for row, key in enumerate(keys) if key not in self._index]
         self.misses += len(new)
         self.hits += len(keys) - len(new)

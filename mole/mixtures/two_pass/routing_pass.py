@@ -5,6 +5,7 @@ It has a KV cache of its own; neither head nor loss run; base dropout is off.
 
 from __future__ import annotations
 
+import uuid
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,10 +29,15 @@ _DROPPED = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict", "pa
 
 @dataclass(frozen=True)
 class PassInputs:
-    """Of the inputs of a forward, those that the routing pass does not get, and whether it takes a cache."""
+    """Of the inputs of a forward, those that the routing pass does not get, and whether it takes a cache.
+
+    `by_place`: the backbone may tell a token's absolute place in its row, as it has no rotary positions (GPT-2 counts
+    padding on the left too where it is given no `position_ids`).
+    """
 
     dropped: frozenset[str]
     takes_cache: bool
+    by_place: bool
 
 
 def pass_inputs(backbone: PreTrainedModel) -> PassInputs:
@@ -40,7 +46,8 @@ def pass_inputs(backbone: PreTrainedModel) -> PassInputs:
     takes = signature(inner.forward).parameters.keys()
     if inner is not backbone:
         dropped |= signature(backbone.forward).parameters.keys() - takes
-    return PassInputs(dropped, "use_cache" in takes)
+    rotary = any("rotary" in type(module).__name__.lower() for module in inner.modules())
+    return PassInputs(dropped, "use_cache" in takes, by_place=not rotary)
 
 
 @torch.no_grad()
@@ -89,6 +96,13 @@ class Streams:
 
     def __init__(self):
         self._scaling: weakref.WeakKeyDictionary[Cache, tuple[Cache, tuple]] = weakref.WeakKeyDictionary()
+        self._names: weakref.WeakKeyDictionary[Router, str] = weakref.WeakKeyDictionary()
+
+    def name_of(self, router: Router) -> str:
+        """Tells this model under this router from all others, whose settings may be the same."""
+        if router not in self._names:
+            self._names[router] = uuid.uuid4().hex
+        return self._names[router]
 
     def pair(self, cache: Any, *, use_cache: bool, config: Any, fingerprint: tuple) -> TwoStreamCache | None:
         """The pair for this forward: the caller's own, one around the caller's empty cache, or a new one.
@@ -103,7 +117,10 @@ class Streams:
         pair = cache if isinstance(cache, TwoStreamCache) else self._around(cache, fingerprint)
         if pair.fingerprint != fingerprint:
             if pair.get_seq_length() > 0:
-                raise ValueError("the router changed since this cache was filled: start from an empty cache")
+                raise ValueError(
+                    "the router or the experts changed since this cache was filled, or it is another model's: start "
+                    "from an empty cache"
+                )
             pair.fingerprint = fingerprint
         return pair
 
@@ -143,8 +160,26 @@ def dropout_off(model: nn.Module, *, unless: bool = False) -> Iterator[None]:
             module.training = True
 
 
+def check_dropout(model: Any) -> None:
+    """Raises ValueError where dropout acts: a cache would keep the keys and values of one of its draws."""
+    banks = {f"backbone.{site}.bank": layer.bank for site, layer in model.layers.items()}
+    frozen = tuple(path for path, bank in banks.items() if not any(p.requires_grad for p in bank.parameters()))
+    training = ((path, m) for path, m in model.named_modules() if m.training and not path.startswith(frozen))
+    if path := next((path for path, module in training if _drops(module) or _experts_drop(module)), None):
+        raise ValueError(
+            f"a forward with a cache in training mode, and dropout acts at {path}: call model.eval() before it, or "
+            "give neither use_cache=True nor past_key_values"
+        )
+
+
 def _drops(module: nn.Module) -> bool:
     rates = [getattr(module, "attention_dropout", 0.0), getattr(module, "dropout", 0.0)]
     if isinstance(module, nn.Dropout):
         rates.append(module.p)
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def _experts_drop(module: nn.Module) -> bool:
+    """Whether it is a bank with rates of dropout, one for each expert."""
+    rates = getattr(module, "dropout", None)
+    return isinstance(rates, tuple) and any(rates) and getattr(module, "expert_dropout", "off") != "off"

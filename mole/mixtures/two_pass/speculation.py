@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -61,10 +61,14 @@ class SpeculationReport:
 
 @dataclass
 class _Drafts:
-    """What pass 1 of the newest token gave: its routings, by site, and scores [B, V] of the token after it."""
+    """What pass 1 of the newest token gave: its routings, by site, and scores [B, V] of the token after it.
+
+    `latest` is what the router says of itself after that pass, where it says anything: a tuple of tensors [B, …].
+    """
 
     routings: tuple[Routing, ...]
     scores: Tensor
+    latest: Any
 
 
 @dataclass
@@ -88,7 +92,7 @@ class _Decoding:
             scores = model.backbone(**inputs).logits[:, -1].float()
         self.report.reads += 1
         self.positions = self.positions + 1
-        return scores[:rows], _Drafts(_routed(model, hidden[0][rows:]), scores[rows:])
+        return scores[:rows], _Drafts(_routed(model, hidden[-1][rows:]), scores[rows:], _latest(model))
 
     def redo(self, token: Tensor, wrong: Tensor, drafts: _Drafts) -> _Drafts:
         """Pass 1 again, for the rows whose draft was `wrong` (bool [B]), with the right `token` [B] of each."""
@@ -108,7 +112,14 @@ class _Decoding:
         for old, new in zip(drafts.routings, again.routings, strict=True):
             if id(old) not in made:
                 made[id(old)] = _replaced(old, new, wrong)
-        return _Drafts(tuple(made[id(old)] for old in drafts.routings), scores)
+        latest = (
+            None
+            if again.latest is None
+            else type(again.latest)(
+                *(_merged(old, new, wrong) for old, new in zip(drafts.latest, again.latest, strict=True))
+            )
+        )
+        return _Drafts(tuple(made[id(old)] for old in drafts.routings), scores, latest)
 
 
 def require_routing_pass(model: MultiExpertModel) -> None:
@@ -174,7 +185,7 @@ def speculate(
         draft, odds = _guess(logits_processor(input_ids, drafts.scores), sample)
         guess = (torch.where(unfinished, draft, pad) if has_end else draft, odds)
         scores, ahead = state.both_passes(token, guess[0], drafts.routings)
-        _tell(model, drafts.routings, token)
+        _tell(model, drafts, token)
         drafts = ahead
     if streamer is not None:
         streamer.end()
@@ -205,7 +216,7 @@ def _pass_one(model: MultiExpertModel, token: Tensor, positions: Tensor, mask: T
     frame = replace(constant_frame(model, model.router), generating=True)
     with model.context.push(frame), _last_hidden(model) as hidden:
         scores = model.backbone(**_inputs(model, token, positions, mask, cache)).logits[:, -1].float()
-    return _Drafts(_routed(model, hidden[0]), scores)
+    return _Drafts(_routed(model, hidden[-1]), scores, _latest(model))
 
 
 def _inputs(model: MultiExpertModel, token: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> dict[str, Any]:
@@ -264,38 +275,59 @@ def _with_pass_one(model: MultiExpertModel, routings: tuple[Routing, ...], rows:
 
 def _replaced(old: Routing, new: Routing, rows: Tensor) -> Routing:
     """`old` [B, 1, K] with `new` in `rows` (bool [B])."""
-
-    def merged(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-        if a is None or b is None:
-            return None
-        a = a.clone()
-        a[rows] = b
-        return a
-
     return Routing(
-        merged(old.weights, new.weights),  # type: ignore[arg-type]
-        merged(old.expert_ids, new.expert_ids),
-        predicted=merged(old.predicted, new.predicted),
+        _merged(old.weights, new.weights, rows),  # type: ignore[arg-type]
+        _merged(old.expert_ids, new.expert_ids, rows),
+        predicted=_merged(old.predicted, new.predicted, rows),
     )
 
 
-def _tell(model: MultiExpertModel, routings: tuple[Routing, ...], token: Tensor) -> None:
-    """Tells the listeners of the routing of `token` [B], as an ordinary decode step does."""
+def _merged(old: Tensor | None, new: Tensor | None, rows: Tensor) -> Tensor | None:
+    if old is None or new is None:
+        return None
+    old = old.clone()
+    old[rows] = new
+    return old
+
+
+def _latest(model: MultiExpertModel) -> Any:
+    return getattr(model.router, "latest", None)
+
+
+def _tell(model: MultiExpertModel, drafts: _Drafts, token: Tensor) -> None:
+    """Tells the router and the listeners of the routing of `token` [B], as an ordinary decode step does."""
+    if drafts.latest is not None:
+        model.router.latest = drafts.latest  # type: ignore[union-attr]  by now the router has seen the next draft
     if model.listeners:
         outer = model.context.current
         inputs = RoutingInputs(input_ids=token[:, None]).over(outer.inputs if outer else None)
-        frame = Frame(inputs=replace(inputs, attention_mask=None), seen=dict(zip(model.sites, routings, strict=True)))
+        frame = Frame(
+            inputs=replace(inputs, attention_mask=None), seen=dict(zip(model.sites, drafts.routings, strict=True))
+        )
         model.report(frame, "decode")
 
 
 @contextmanager
 def _last_hidden(model: MultiExpertModel) -> Iterator[list[Tensor]]:
-    """The last hidden state [B, 1, H] of the forward in the body, as the routing pass sees it."""
+    """The last hidden state [B, 1, H] of the forward in the body, as the routing pass sees it, at the end of the list.
+
+    A head calls the inner model, or (OPT's) the inner model's decoder itself. Raises ValueError where it calls neither.
+    """
     found: list[Tensor] = []
-    handle = model.backbone.base_model.register_forward_hook(
-        lambda module, inputs, output: found.append(output.last_hidden_state)
-    )
+    inner = model.backbone.base_model
+    parts = [inner, getattr(inner, "decoder", None)]
+    handles = [
+        part.register_forward_hook(lambda module, inputs, output: found.append(output.last_hidden_state))
+        for part in parts
+        if isinstance(part, nn.Module) and not isinstance(part, nn.ModuleList)
+    ]
     try:
         yield found
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    if not found:
+        raise ValueError(
+            f"self_speculation: a {type(model.backbone).__name__} shows no last hidden state of its inner model: "
+            "generate without it"
+        )
