@@ -5,7 +5,16 @@ from mole.mixtures.banks import LoraBank
 from mole.mixtures.files import Origin, experts_in, load_mixture, origins_of, save_mixture
 from mole.mixtures.listening import own_statistics
 from mole.mixtures.model import MultiExpertModel
-from mole.mixtures.opening import cards_at, experts_of, mixture_folder, mixture_of, open_model, pinned, referred
+from mole.mixtures.opening import (
+    blocks_in,
+    cards_at,
+    experts_of,
+    mixture_folder,
+    mixture_of,
+    open_model,
+    pinned,
+    referred,
+)
 from mole.mixtures.two_pass.cache import TwoStreamCache
 from mole.mixtures.wrapping import MixtureOptions
 
@@ -16,6 +25,7 @@ __all__ = [
     "MultiExpertModel",
     "Origin",
     "TwoStreamCache",
+    "blocks_in",
     "cards_at",
     "experts_in",
     "experts_of",

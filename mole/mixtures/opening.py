@@ -21,6 +21,7 @@ from mole.registry import unknown
 from mole.routers import UniformConfig
 
 logger = logging.getLogger(__name__)
+BLOCKS = "moe.json"  # as mole.moe.save writes it
 
 
 def open_model(place: str, backbone: Backbone, *, allow_other_backbone: bool = False) -> MultiExpertModel:
@@ -110,8 +111,19 @@ def mixture_folder(place: str) -> Path:
     """The folder of the mixture at `place`, a run or that folder itself. Raises ValueError if there is none."""
     folder = Path(place).expanduser()
     if (found := _mixture_in(folder)) is None:
+        if (blocks := blocks_in(place)) is not None:
+            raise ValueError(
+                f"{blocks} holds the blocks that mole moefy made of a backbone's own modules, which are no adapters "
+                f"and no expert: mole evaluate and mole generate open them with model={place}, Python by mole.moe.load"
+            )
         raise ValueError(f"no mixture in {place}: give the folder of a run that built one, or its mixture/")
     return found
+
+
+def blocks_in(place: str) -> Path | None:
+    """The folder with the blocks of a run of `mole moefy`, or that folder itself; None where there are none."""
+    folder = Path(place).expanduser()
+    return next((one for one in (folder / "mixture", folder) if (one / BLOCKS).is_file()), None)
 
 
 def _mixture_in(folder: Path) -> Path | None:
