@@ -197,6 +197,8 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
         ((r"moe.pattern=model\.layer\.0\.mlp",), "matches no module"),
         ((MLPS, "moe.k=9"), "k=9: valid are 1 … 4"),
         ((MLPS, "moe.router.name=soft"), "soft"),
+        (("moe.pattern='*mlp'",), "is no regular expression"),
+        ((MLPS, "training.max_steps=0"), "train=none"),
         ((MLPS, "moe=switche"), "moe=switche: no such option; did you mean moe=switch?"),
         ((MLPS,), "dataset: not chosen"),
     ],
@@ -279,6 +281,7 @@ def test_an_image_goes_through_a_saved_model(vit, tmp_path):
         ("none.png", (), "there is no such file"),
         ("text.png", (), "not an image"),
         (None, ("patch_size=5",), "patches of 5"),
+        (None, ("model=text", "patch_size=4"), "takes input_ids, not images"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(vit, tmp_path, capsys, image, words, told):
@@ -286,5 +289,9 @@ def test_what_cannot_be_drawn_is_said(vit, tmp_path, capsys, image, words, told)
     (tmp_path / "text.png").write_text("no picture")
     pil.new("RGB", (24, 24)).save(tmp_path / "photo.png")
     photo = tmp_path / (image or "photo.png")
+    if "model=text" in words:
+        model = tiny()
+        moe.moefy(model, MLPS.removeprefix("moe.pattern="), num_experts=2)
+        vit, words = moe.save(model, tmp_path / "text", whole=True), words[1:]
     assert main(["plot", "image-routing", str(vit), str(photo), *words]) == 2
     assert told in capsys.readouterr().err
