@@ -13,6 +13,7 @@ from mole.adapters import Adapter
 from mole.backbones import Backbone
 from mole.experts import Card, Expert, ExpertLibrary, LibraryError, check_backbone, load_expert
 from mole.experts.address import split_expert
+from mole.experts.damage import sound_cards
 from mole.experts.folder import has_card, read_card
 from mole.mixtures.exploding import exploded, parent_of
 from mole.mixtures.files import Origin, load_mixture
@@ -37,7 +38,7 @@ def open_model(place: str, backbone: Backbone, *, allow_other_backbone: bool = F
         find = partial(referred, ExpertLibrary.open(str(home))) if (home / ".mole").is_dir() else None
         return load_mixture(mixture, backbone, allow_other_backbone=allow_other_backbone, find=find)
     if (library := _library_at(place)) is not None:
-        experts = experts_of(library, [name for name, card in library.cards().items() if card.kind == "adapter"])
+        experts = experts_of(library, [name for name, card in sound_cards(library).items() if card.kind == "adapter"])
     else:
         expert = load_expert(place)
         if expert.card.kind == "mixture":
@@ -60,7 +61,7 @@ def cards_at(place: str) -> dict[str, Card]:
     if (mixture := _mixture_in(folder)) is not None:
         return {folder.name: read_card(mixture)}
     if (library := _library_at(place)) is not None:
-        return {name: card for name, card in library.cards().items() if card.kind == "adapter"}
+        return {name: card for name, card in sound_cards(library).items() if card.kind == "adapter"}
     return {folder.name: load_expert(place).card}
 
 
@@ -89,7 +90,7 @@ def referred(library: ExpertLibrary, origin: Origin) -> Adapter:
     """
     where = library if origin.library is None else ExpertLibrary.open(origin.library)
     name = parent_of(origin.name)
-    cards = where.cards()
+    cards = where.look()[0]
     same = [known for known in (name, *cards) if known in cards and cards[known].content == origin.content]
     if same:
         return where.get_expert(same[0]).adapter
@@ -140,7 +141,7 @@ def experts_of(library: ExpertLibrary, names: Iterable[str] | None) -> dict[str,
     Raises ValueError for an empty library, and for a name that it does not have.
     """
     if names is None:
-        adapters = {name: card for name, card in library.cards().items() if card.kind == "adapter"}
+        adapters = {name: card for name, card in sound_cards(library).items() if card.kind == "adapter"}
         wanted = [name for name, card in adapters.items() if not card.is_merged]
         if merged := [name for name, card in adapters.items() if card.is_merged]:
             logger.info("left out, as merged themselves: %s; experts=[…] takes them in", ", ".join(merged))

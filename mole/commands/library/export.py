@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mole.commands.library.opening import open_library
+from mole.experts.damage import sound_cards
 from mole.experts.exporting import Form, export, export_map, files_of, left_out
 from mole.experts.filters import keep
 from mole.registry import config_dataclass
@@ -47,7 +48,7 @@ def run(config: LibraryExport) -> None:
     library = open_library(config.library)
     dest = Path(config.dest).expanduser()
     if config.format == "adapter-weights":
-        cards = keep(library.cards(), {"names": config.name})
+        cards = keep(sound_cards(library), {"names": config.name})
         told = f"{len(cards)} addresses ({', '.join(cards)}) to {dest}"
         if not config.dry_run:
             export_map(config.library, cards, dest)
