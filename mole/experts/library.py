@@ -134,7 +134,8 @@ class ExpertLibrary:
 
     def expert_of(self, name: str, card: Card) -> Expert:
         """The expert whose card, read from this library before, is `card`."""
-        return Expert(card, fetch=lambda dest: self._fetched.fetch(name, dest, card))
+        where = f"{self.url}/{name}"
+        return Expert(card, fetch=lambda dest: self._fetched.fetch(name, dest, card), where=where)
 
     def check_free(self, name: str) -> None:
         """Raise LibraryError if no expert can be added under `name`: not a valid name, taken, or not to be written."""

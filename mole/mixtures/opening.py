@@ -37,7 +37,7 @@ def open_model(place: str, backbone: Backbone, *, allow_other_backbone: bool = F
         home = mixture.parent  # of a mixture that lies in a library, which has the experts that it refers to
         find = partial(referred, ExpertLibrary.open(str(home))) if (home / ".mole").is_dir() else None
         return load_mixture(mixture, backbone, allow_other_backbone=allow_other_backbone, find=find)
-    if (library := _library_at(place)) is not None:
+    if (library := library_at(place)) is not None:
         experts = experts_of(library, [name for name, card in sound_cards(library).items() if card.kind == "adapter"])
     else:
         expert = load_expert(place)
@@ -60,7 +60,7 @@ def cards_at(place: str) -> dict[str, Card]:
     folder = Path(place).expanduser()
     if (mixture := _mixture_in(folder)) is not None:
         return {folder.name: read_card(mixture)}
-    if (library := _library_at(place)) is not None:
+    if (library := library_at(place)) is not None:
         return {name: card for name, card in sound_cards(library).items() if card.kind == "adapter"}
     return {folder.name: load_expert(place).card}
 
@@ -204,7 +204,7 @@ def pinned(experts: dict[str, Expert], library: str | None) -> dict[str, Origin]
     }
 
 
-def _library_at(place: str) -> ExpertLibrary | None:
+def library_at(place: str) -> ExpertLibrary | None:
     """The library at an address; None where there is none, or an expert. Raises Unreachable."""
     if "://" in place:
         try:
