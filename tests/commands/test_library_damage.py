@@ -150,3 +150,15 @@ def test_a_wrong_address_is_told_in_plain_words(mole, lib, verb, address):  # no
     assert code == 2
     assert "write hf://user/" in err
     assert "validation error" not in err
+
+
+def test_export_and_readme_print_json_and_a_list_of_names_is_one(mole, lib, tmp_path):  # noqa: F811
+    rows = json.loads(mole("export", "lib", "[a,b]", "map.json", "format=adapter-weights", "json=true")[1])
+    assert [(row["name"], row["action"], row["dest"]) for row in rows] == [
+        ("a", "export", "map.json"),
+        ("b", "export", "map.json"),
+    ]
+    assert list(json.loads((tmp_path / "map.json").read_text())) == ["a", "b"]
+    assert mole("export", "lib", "[a,b]", "peft")[0] == 2
+    (row,) = json.loads(mole("readme", "lib", "format=json")[1])
+    assert (row["action"], row["name"]) == ("readme", "README.md")
