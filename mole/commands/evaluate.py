@@ -92,7 +92,7 @@ def run(config: Evaluate) -> float | None:
     if backbone.head is not None:
         _keep_predictions(model, compared, splits, backbone, config, run)
     if library is not None:
-        _publish(library, table, model.expert_names, splits, config)
+        _publish(library, table, model.expert_names, splits, config, backbone)
     return table.mean(list(rows)[-1])
 
 
@@ -145,9 +145,15 @@ def _publish(
     names: Sequence[str],
     splits: Mapping[str, Sequence[Sample]],
     config: Evaluate,
+    backbone: Backbone,
 ) -> None:
-    """Each expert's scores into its card, all in one batch; one of the same metric, task and split is replaced."""
+    """Each expert's scores into its card, all in one batch; one of the same metric, task, split and config is replaced.
+
+    `config` is the digest of what a score depended on: the samples, the backbone, the length of what was written.
+    """
     facts = {"metric": table.metric, "split": config.split, "higher_is_better": table.higher_is_better}
+    on = [backbone.name, backbone.revision, config.max_new_tokens if table.metric == "exact_match" else None]
+    digests = {name: heads.measured_on(samples, *on) for name, samples in splits.items()}
     with library.batch(f"{table.metric} on {', '.join(splits)}") as batch:
         for name in names:
             card = library.card(name)
@@ -156,6 +162,7 @@ def _publish(
                 value = table.rows[name][dataset]
                 if math.isfinite(value):
                     one = {**facts, "value": value, "task": dataset, "dataset": dataset, "examples": len(samples)}
+                    one["config"] = digests[dataset]
                     rows = with_score(rows, one)
             batch.edit_card(name, expect=card.revision, scores=list(rows))
     print(f"{len(names)} cards of {library.url} have the scores")
