@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from mole.adapters import Adapter
 from mole.mixtures import trainable
-from mole.mixtures.forward_routing import route
+from mole.mixtures.forward_routing import given_routing, route
 from mole.mixtures.generation import Generation
 from mole.mixtures.listening import Listener, Observer, report
 from mole.mixtures.output_mixture import closing
@@ -181,6 +181,7 @@ class MultiExpertModel(nn.Module, Generation):
         prompt_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
         expert_labels: Tensor | None = None,
+        routing: Mapping[str, float] | Routing | None = None,
         **kwargs: Any,
     ) -> Any:
         """The backbone's forward with the mixtures at work: its inputs, its output.
@@ -191,7 +192,8 @@ class MultiExpertModel(nn.Module, Generation):
         `position_ids`, which are made where they are missing. With a router that needs a routing pass,
         `past_key_values` of the output is a `TwoStreamCache`. In training, `losses` (name → coefficient) gives the
         output `auxiliary_loss`, their weighted sum, and `auxiliary_losses`, each by name; `expert_labels` (int64 [B] or
-        [B, T], -100: none; of packed rows one for each sample) tells the right experts, else the tasks do.
+        [B, T], -100: none; of packed rows one for each sample) tells the right experts, else the tasks do. `routing` is
+        spent in the place of the router's, as in `fixed_routing`.
         """
         given = {
             "input_ids": input_ids,
@@ -204,17 +206,13 @@ class MultiExpertModel(nn.Module, Generation):
         }
         inputs = {**{k: v for k, v in given.items() if v is not None}, **kwargs}
         inputs |= self._cache_wanted(use_cache)
-        seen = RoutingInputs(
-            task_names=None if task_names is None else tuple(task_names),
-            texts=None if texts is None else tuple(texts),
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            prompt_mask=prompt_mask,
-        )
+        names, texts = (None if given is None else tuple(given) for given in (task_names, texts))
+        seen = RoutingInputs(names, texts, input_ids, attention_mask, prompt_mask)
         packing = None if segment_ids is None else packing_of(self, segment_ids, inputs)
         seen = seen if packing is None else packed_inputs(seen, packing)
         goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0
         frame = replace(self.new_frame(seen), goes_on=goes_on, logits_to_keep=logits_to_keep, packing=packing)
+        frame.fixed = frame.fixed if routing is None else given_routing(self, routing)
         recording, phase = frame.recording, self.phase(past_key_values, frame)
         with self.context.push(frame):
             pair = route(self, frame, inputs)
@@ -289,13 +287,7 @@ class MultiExpertModel(nn.Module, Generation):
     @contextmanager
     def fixed_routing(self, weights: Mapping[str, float] | Routing) -> Iterator[None]:
         """Every layer spends this routing inside the body, whatever the router: name → weight (others 0), or data."""
-        if not isinstance(weights, Routing):
-            for name in weights:
-                if name not in self.expert_names:
-                    raise ValueError(unknown("expert", name, self.expert_names))
-            row = [float(weights.get(name, 0.0)) for name in self.expert_names]
-            weights = Routing(torch.tensor(row, device=self.device).view(1, 1, -1))
-        with self.context.push(replace(self.context.current or Frame(), fixed=weights)):
+        with self.context.push(replace(self.context.current or Frame(), fixed=given_routing(self, weights))):
             yield
 
     @contextmanager
