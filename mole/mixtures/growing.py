@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,17 @@ from mole.adapters import Adapter
 from mole.mixtures.model import MultiExpertModel
 from mole.mixtures.wrapping import MixtureOptions
 from mole.routers import Router
+
+# Fields of routers that change neither what they have learned nor its shape; Poly carries its rows by task.
+_FREE = frozenset(
+    {
+        *("lr", "weight_decay", "expert_dropout", "dropout", "kl", "value_reg", "center_momentum"),
+        *("temperature", "top_k", "norm_topk", "top_k_softmax", "missing", "min_confidence", "log_every_steps"),
+        *("noise", "noise_eps", "noise_tau", "noise_tau_end", "noise_steps", "init", "init_std", "init_expert"),
+        *("task_names", "init_task", "unknown", "relaxed_bernoulli", "bernoulli_temperature"),
+        *("gate_refresh", "gate_freeze_after", "from_folder"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ def put_together(
 
 
 def carry(model: MultiExpertModel, parts: Parts, *, replaced: Collection[str] = ()) -> None:
-    """Hands what the routers of `parts` know on to those of `model`, which are of the same config."""
+    """Hands what the routers of `parts` know on to those of `model`, which `check_router` has found to fit."""
     known = set(parts.experts) - set(replaced)
     strangers = [name for name in model.expert_names if name not in known]
     for group, router in routers_by_group(model).items():
@@ -96,6 +107,21 @@ def carry(model: MultiExpertModel, parts: Parts, *, replaced: Collection[str] = 
     for site, layer in model.layers.items():
         if layer.flex is not None and site in parts.flex:
             layer.flex.load_state_dict(parts.flex[site])
+
+
+def check_router(old: Any, new: Any) -> None:
+    """Raises ValueError, naming the fields, if a router of config `new` cannot go on with what one of `old` knows."""
+    if old.name != new.name:
+        raise ValueError(f"its router is {old.name}, and {new.name} is given: set router={old.name}")
+    differ = [f.name for f in fields(old) if getattr(old, f.name) != getattr(new, f.name) and f.name not in _FREE]
+    if differ:
+        shown = ", ".join(f"router.{name}={_written(getattr(old, name))}" for name in differ)
+        given = ", ".join(f"{name}={_written(getattr(new, name))}" for name in differ)
+        raise ValueError(f"its router was built with {shown}, and {given} is given: give it those again")
+
+
+def _written(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def routers_by_group(model: MultiExpertModel) -> dict[str, Router]:

@@ -32,7 +32,7 @@ from mole.mixtures.wrapping import MixtureOptions, expert_now, has_lora_bias, un
 from mole.registry import unknown
 from mole.routers import MixtureShape, Router
 from mole.routing import Frame, Routing, RoutingContext, RoutingInputs
-from mole.routing.losses import labels_of, routing_losses
+from mole.routing.losses import labels_of, routing_losses, tokens_of
 
 
 class MultiExpertModel(nn.Module, Generation):
@@ -70,7 +70,7 @@ class MultiExpertModel(nn.Module, Generation):
         self.listeners: list[Listener] = []
         self.observers: list[Observer] = []
         self.losses: dict[str, float] = {}  # of the routing, in training: name → coefficient
-        self.loss_options: dict[str, Any] = {}  # over and free_bits of `routing_losses`
+        self.loss_options: dict[str, Any] = {}  # over and free_bits of `routing_losses`, on of `tokens_of`
         self.hidden_store: HiddenStore | None = None  # keeps the routing pass of training examples, if set
         self.speculation: SpeculationReport | None = None  # of the last `generate` with self_speculation
         self.options = MixtureOptions(
@@ -237,9 +237,10 @@ class MultiExpertModel(nn.Module, Generation):
         """In training with experts, where there are any."""
         if not self.training or not frame.experts_enabled or not (self.losses or frame.penalties):
             return
-        tasks, mask = frame.inputs.task_names, frame.inputs.attention_mask
-        labels = labels_of(tasks, self.shape.expert_tasks) if labels is None else labels
-        seen, options = frame.seen.values(), self.loss_options
+        inputs, options = frame.inputs, dict(self.loss_options)
+        mask = tokens_of(options.pop("on", "valid"), inputs.attention_mask, inputs.prompt_mask)
+        labels = labels_of(inputs.task_names, self.shape.expert_tasks) if labels is None else labels
+        seen = frame.seen.values()
         found = routing_losses(self.losses, seen, mask, labels, **options) if self.losses else {}
         total = sum(self.losses[name] * loss for name, loss in found.items())
         for (name, _), penalty in frame.penalties.items():
