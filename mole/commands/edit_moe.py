@@ -55,9 +55,9 @@ def run(config: EditMoe) -> None:
     origins = mixtures.origins_of(source)
     _check(config, tuple(origins))
     new = _experts(config)
-    run.update(status="running")
     old = mixtures.load_mixture(source, backbone, allow_other_backbone=config.allow_other_backbone)
     model = _changed(config, old, new)
+    run.update(status="running")  # what is refused until here leaves nothing
     origins |= mixtures.pinned(new, config.library.url if config.library else None)
     parts = {"the mixture": read_card(source).license, **{name: expert.card.license for name, expert in new.items()}}
     mixtures.save_mixture(

@@ -310,6 +310,12 @@ class MultiExpertModel(nn.Module, Generation):
             yield
 
     # ---- training
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ValueError(
+            "nn.DataParallel copies a model for each device into a thread, and layers of such copies find no routing: "
+            "use one process per device, as mole's launcher, Accelerate or DistributedDataParallel do"
+        )
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Non-reentrant only: the recomputation re-enters the frame of its forward, which reentrant mode cannot."""
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}

@@ -160,6 +160,16 @@ def test_bad_input_is_said_and_leaves_nothing(grown, tmp_path, capsys, words, sa
 
 def test_a_router_that_does_not_fit_the_experts_left_is_refused(grown, tmp_path, capsys):
     words = ["remove=[reverse,shouting]", f"run.folder={tmp_path / 'run'}"]
-    assert main(["edit-moe", *SMALL, str(grown / "three"), *words]) == 1
+    assert main(["edit-moe", *SMALL, str(grown / "three"), *words]) == 2
     assert "router.top_k=2 with 1 experts" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "mixture").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_router_that_knows_experts_by_data_is_not_given_new_ones(grown, tmp_path, capsys):
+    library = f"library={grown / 'library'}"
+    words = [*SMALL, *data("reverse", "shouting"), "router=average_activation", "experts=[reverse,shouting]", library]
+    mole("build-moe", *words, "log_examples=0", f"run.folder={tmp_path / 'two'}")
+    words = [*SMALL, str(tmp_path / "two"), library, "add=[sorting]", f"run.folder={tmp_path / 'three'}"]
+    assert main(["edit-moe", *words]) == 2
+    assert "has none for sorting: build the mixture anew" in capsys.readouterr().err
+    assert not (tmp_path / "three").exists()

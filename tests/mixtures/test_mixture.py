@@ -296,3 +296,9 @@ def test_a_routing_is_taken_to_a_mixture_of_other_experts_by_their_names():
     assert there.weights.tolist() == torch.tensor([[[0.0, 0.5, 0.3]]]).tolist()
     with pytest.raises(ValueError, match="a routing of 2 experts"):
         Routing(torch.ones(1, 1, 2)).for_experts(("a",), ("a", "b", "c"))
+
+
+def test_data_parallel_copies_are_refused_with_the_reason():
+    first = next(mixture("top_k").modules())  # torch.nn.parallel.replicate asks every module for a copy
+    with pytest.raises(ValueError, match="nn.DataParallel copies a model.*use one process per device"):
+        first._replicate_for_data_parallel()
