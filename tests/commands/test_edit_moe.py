@@ -165,11 +165,29 @@ def test_a_router_that_does_not_fit_the_experts_left_is_refused(grown, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_router_that_knows_experts_by_data_is_not_given_new_ones(grown, tmp_path, capsys):
-    library = f"library={grown / 'library'}"
-    words = [*SMALL, *data("reverse", "shouting"), "router=average_activation", "experts=[reverse,shouting]", library]
+@pytest.mark.parametrize("router", ["average_activation", pytest.param("phatgoose", marks=pytest.mark.slow)])
+def test_a_router_that_knows_experts_by_data_learns_of_new_ones_from_data(grown, tmp_path, capsys, router):
+    library, short = f"library={grown / 'library'}", ["router.gate_steps=4"] if router == "phatgoose" else []
+    words = [*SMALL, *data("reverse", "shouting"), f"router={router}", "experts=[reverse,shouting]", library, *short]
     mole("build-moe", *words, "log_examples=0", f"run.folder={tmp_path / 'two'}")
     words = [*SMALL, str(tmp_path / "two"), library, "add=[sorting]", f"run.folder={tmp_path / 'three'}"]
-    assert main(["edit-moe", *words]) == 2
-    assert "has none for sorting: build the mixture anew" in capsys.readouterr().err
-    assert not (tmp_path / "three").exists()
+    for given, said in [
+        ([], "has none for sorting: give mole edit-moe a dataset of their tasks, or build the mixture anew"),
+        (data("reverse"), "there is none for 'sorting'"),
+    ]:
+        assert main(["edit-moe", *words, *given]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "three").exists()
+    mole("edit-moe", *words, *data("sorting"))
+    two, three = states(opened(tmp_path / "two")), states(opened(tmp_path / "three"))
+    for site, state in two.items():
+        assert torch.equal(three[site]["prototypes"][:2], state["prototypes"])
+        assert three[site]["prototypes"][2].any()
+        assert three[site]["present"].tolist() == [True] * 3
+
+
+def test_data_is_refused_where_the_router_is_shown_none(grown, tmp_path, capsys):
+    words = [*SMALL, str(grown / "two"), f"library={grown / 'library'}", "add=[sorting]", *data("sorting")]
+    assert main(["edit-moe", *words, f"run.folder={tmp_path / 'run'}"]) == 2
+    assert "dataset: router=top_k is shown no data" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
