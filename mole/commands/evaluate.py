@@ -14,6 +14,7 @@ from mole import data, mixtures
 from mole.backbones import Backbone
 from mole.commands import heads
 from mole.commands.library.opening import open_library
+from mole.commands.listening import observing
 from mole.commands.moe_models import open_any, without_blocks
 from mole.config.nodes import RunConfig, chosen_datasets
 from mole.data import DataSplits, Sample
@@ -60,7 +61,8 @@ class Evaluate:
 def run(config: Evaluate) -> float | None:
     """Evaluates every row on every dataset; prints the table, writes evaluation.json, table.md and table.csv.
 
-    A run that was stopped goes on with the first score it lacks. Returns the mean of the last row.
+    evaluation.json has statistics of a mixture's routing over these datasets under `routing`. A run that was stopped
+    goes on with the first score it lacks. Returns the mean of the last row.
     """
     run = RunFolder(config.run.folder)
     backbone = heads.backbone_for(config, chosen_datasets(config))
@@ -78,14 +80,19 @@ def run(config: Evaluate) -> float | None:
     known = dict(Table.read(run.cells).rows) if config.run.resume == "auto" and run.cells.is_file() else {}
     run.update(status="running")
     rows: dict[str, dict[str, float]] = {}
+    routing: dict[str, Any] = {}
     for row, routed in compared.items():
         rows[row] = dict(known.get(row, {}))
-        with routed():
+        if row == "mixture" and rows[row]:
+            rows[row] = {}  # its routing is told of all data, or of none
+        with routed(), observing(model) if row == "mixture" else nullcontext() as seen:
             for name, samples in splits.items():
                 if name not in rows[row]:
                     rows[row][name] = _score(model, samples, backbone, config, metric)
                     write_atomically(run.cells, Table(metric, rows).as_json())
-    table = Table(metric, rows)
+        if seen is not None:
+            routing = mixtures.own_statistics(model) | seen.read()
+    table = Table(metric, rows, routing=routing)
     table.write(run)
     run.cells.unlink(missing_ok=True)
     Console().print(table.rendered())

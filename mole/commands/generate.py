@@ -90,6 +90,7 @@ def run(config: Generate) -> None:
         _of_texts(config, backbone, texts) if texts else _of_datasets(config, backbone), config, backbone
     )
     check_generation(model, self_speculation=config.self_speculation, log=config.log, num_beams=config.num_beams)
+    _check_tasks(model, [prompt.task for prompt in prompts])
     log = RoutingLog(model.sites, model.expert_names)
     if config.log:
         log.end_ids = tuple(dict.fromkeys([*end_ids(model, backbone.tokenizer), backbone.tokenizer.pad_token_id]))
@@ -163,6 +164,21 @@ def _checked(prompts: list[Prompt], config: Generate, backbone: Backbone) -> lis
                 f"{config.max_new_tokens} that is more than the backbone's context of {room}; lower max_new_tokens"
             )
     return prompts
+
+
+def _check_tasks(model: MultiExpertModel, tasks: list[str | None]) -> None:
+    """Raises ValueError if the model's router goes by tasks, and a prompt is of none that it can route."""
+    for router in model.routers().values():
+        known = ", ".join(dict.fromkeys(getattr(router, "tasks", sum(model.shape.expert_tasks, ()))))
+        if "task_names" in router.needs and None in tasks:
+            raise ValueError(
+                f"this mixture's router={model.router_config.name} goes by the task of each prompt: give task=<one>"
+                + (f" (known: {known})" if known else "")
+            )
+        try:
+            router.check_tasks([task for task in tasks if task is not None], training=False)
+        except ValueError as error:
+            raise ValueError(f"{error} when the mixture is built; here give task=<one> (known: {known})") from None
 
 
 def _generated(

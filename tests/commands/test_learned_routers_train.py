@@ -10,7 +10,7 @@ from mole import routers  # noqa: F401  fills the registry
 from mole.mixtures import mixture_folder, origins_of
 from mole.registry import ROUTERS
 
-LEARNED = [variant.name for variant in ROUTERS if variant.implementation.learned and variant.name != "gate"]
+LEARNED = [variant.name for variant in ROUTERS if variant.implementation.learned]
 SLOW = pytest.mark.slow  # two short runs each
 
 
