@@ -90,7 +90,8 @@ def run(config: Generate) -> None:
         _of_texts(config, backbone, texts) if texts else _of_datasets(config, backbone), config, backbone
     )
     check_generation(model, self_speculation=config.self_speculation, log=config.log, num_beams=config.num_beams)
-    _check_tasks(model, [prompt.task for prompt in prompts])
+    if isinstance(model, MultiExpertModel):
+        _check_tasks(model, [prompt.task for prompt in prompts])
     log = RoutingLog(model.sites, model.expert_names)
     if config.log:
         log.end_ids = tuple(dict.fromkeys([*end_ids(model, backbone.tokenizer), backbone.tokenizer.pad_token_id]))

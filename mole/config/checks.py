@@ -84,7 +84,9 @@ class _Reader:
 
     def _path(self, error: Any) -> tuple[str, ...]:
         """The dotted key of an error: pydantic's location less the names of union members."""
-        path, here, entered = [], self.node, False
+        path: list[str] = []
+        here: Any = self.node
+        entered = False
         for position, part in enumerate(error["loc"]):
             names_member = entered and isinstance(here, Mapping) and part == here.get("name")
             entered = False

@@ -25,7 +25,7 @@ from mole.mixtures.forward_routing import given_routing, route
 from mole.mixtures.generation import Generation
 from mole.mixtures.listening import Listener, Observer, report
 from mole.mixtures.output_mixture import closing
-from mole.mixtures.packed import packed_inputs, packing_of
+from mole.mixtures.packed import packed
 from mole.mixtures.router_building import build_router
 from mole.mixtures.two_pass.encoder_decoder import RoutedEncoder, check_widths, is_one
 from mole.mixtures.two_pass.hidden_store import HiddenStore
@@ -215,8 +215,7 @@ class MultiExpertModel(nn.Module, Generation):
         nameless = wants_tuple(self, inputs)
         names, prompts = (None if one is None else tuple(one) for one in (task_names, texts))
         seen = RoutingInputs(names, prompts, input_ids, attention_mask, prompt_mask)
-        packing = None if segment_ids is None else packing_of(self, segment_ids, inputs)
-        seen = seen if packing is None else packed_inputs(seen, packing)
+        seen, packing = packed(self, seen, segment_ids, inputs)
         goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0
         frame = replace(self.new_frame(seen), goes_on=goes_on, logits_to_keep=logits_to_keep, packing=packing)
         frame.fixed = frame.fixed if routing is None else given_routing(self, routing)

@@ -11,11 +11,16 @@ from mole.mixtures.two_pass.encoder_decoder import is_one
 from mole.routing import Packing, RoutingInputs
 
 
-def packing_of(model: Any, segment_ids: Tensor, inputs: dict[str, Any]) -> Packing:
-    """Where the samples lie; puts what the backbone needs into `inputs`.
+def packed(
+    model: Any, seen: RoutingInputs, segment_ids: Tensor | None, inputs: dict[str, Any]
+) -> tuple[RoutingInputs, Packing | None]:
+    """What routers see, and where the samples lie; `seen` and None where rows are not packed.
 
-    Raises ValueError where a backbone, an expert or another input would let samples see each other.
+    Puts what the backbone needs into `inputs`. Raises ValueError where a backbone, an expert or another input would let
+    samples see each other, and for names or texts that are not one for each sample.
     """
+    if segment_ids is None:
+        return seen, None
     if is_one(model.backbone) or "position_ids" not in model.takes:
         raise ValueError(
             f"packed rows: a {type(model.backbone).__name__} cannot be told by positions where a text begins"
@@ -29,11 +34,10 @@ def packing_of(model: Any, segment_ids: Tensor, inputs: dict[str, Any]) -> Packi
     inputs.setdefault("position_ids", packing.position_ids)
     if "use_cache" in model.takes:
         inputs["use_cache"] = False
-    return packing
+    return _of_samples(seen, packing), packing
 
 
-def packed_inputs(seen: RoutingInputs, packing: Packing) -> RoutingInputs:
-    """The inputs of the samples, one a row. Raises ValueError for names or texts that are not one for each."""
+def _of_samples(seen: RoutingInputs, packing: Packing) -> RoutingInputs:
     for name in ("task_names", "texts"):
         given = getattr(seen, name)
         if given is not None and len(given) != packing.num_samples:
