@@ -12,6 +12,8 @@ from typing import Any
 
 import mole
 
+_MEMORY_FILE = Path("/proc/meminfo")
+_CONTAINER = Path("/sys/fs/cgroup")
 PACKAGES = (
     "torch",
     "transformers",
@@ -80,6 +82,24 @@ def total_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that this process may still take, None where the system does not say.
+
+    The least of what the machine has and what a container allows.
+    """
+    found = []
+    if _MEMORY_FILE.is_file():
+        lines = dict(line.split(":", 1) for line in _MEMORY_FILE.read_text().splitlines() if ":" in line)
+        found += [int(lines["MemAvailable"].split()[0]) * 1024] if "MemAvailable" in lines else []
+    try:
+        most, now = (int((_CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = dict(line.split() for line in (_CONTAINER / "memory.stat").read_text().splitlines())
+        found.append(max(0, most - now + int(lines.get("inactive_file", 0))))  # cached files make room when asked
+    except (OSError, ValueError):
+        pass  # no container, or one without a bound
+    return min(found, default=None)
 
 
 def peak_memory() -> dict[str, int]:

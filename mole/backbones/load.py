@@ -26,6 +26,7 @@ from mole.backbones.heads import (
     with_head,
 )
 from mole.backbones.quantised import loading_options, whole_shape
+from mole.backbones.room import check_room
 from mole.head import Head
 from mole.registry import BACKBONES, config_dataclass
 
@@ -96,8 +97,8 @@ def load(config: Any, *, head: Head | None = None, seed: int = 0) -> Backbone:
     """The backbone that `config.name` names, under a head for whole texts if the data asks for one.
 
     `seed` makes the first weights of the head. Raises ValueError for a device that is not there, a path that is neither
-    a folder with a model nor a Hub id, a damaged file, missing weights, or a tokenizer without an end-of-sequence token
-    to pad with.
+    a folder with a model nor a Hub id, weights larger than what is free, a damaged file, missing weights, or a
+    tokenizer without an end-of-sequence token to pad with.
     """
     return BACKBONES.build(config, head=head, seed=seed)
 
@@ -123,6 +124,8 @@ def load_pretrained(
         raise ValueError(f"backbone.revision={revision}: {path} is a folder, which has no revisions: leave it null")
     source = path if folder is None else str(folder)
     bits = getattr(config, "bits", None)
+    if folder is not None:
+        check_room(folder, config.dtype, device, bits)
     packing = {} if bits is None else loading_options(bits, config.dtype, device)
     tokenizer = _read_tokenizer(source, revision)
     with seeded(seed):

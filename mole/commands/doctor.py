@@ -23,7 +23,6 @@ EXTRAS = {
     "quantised": ("bitsandbytes",),
 }
 _LITTLE_DISK = 2**30  # bytes
-_MEMORY_FILE = Path("/proc/meminfo")
 
 
 @config_dataclass
@@ -130,11 +129,7 @@ def _devices() -> Iterator[Finding]:
 
 
 def _memory() -> Finding:
-    total = host.total_memory()
-    free = None
-    if _MEMORY_FILE.is_file():
-        lines = dict(line.split(":", 1) for line in _MEMORY_FILE.read_text().splitlines() if ":" in line)
-        free = int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
+    total, free = host.total_memory(), host.free_memory()
     parts = [f"{_size(total)}" if total else "unknown", f"{_size(free)} free" if free is not None else ""]
     return Finding("memory", "ok", ", ".join(part for part in parts if part))
 
