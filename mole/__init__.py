@@ -8,8 +8,11 @@ __version__ = "0.1.0"
 # Public name → module. Nothing is imported before it is asked for: `mole --help` must not load torch.
 _PUBLIC: dict[str, str] = {
     "ExpertLibrary": "mole.experts",
+    "HFExpertLibrary": "mole.experts",
     "LocalExpertLibrary": "mole.experts",
     "MultiExpertModel": "mole.mixtures",
+    "add_experts_from_library": "mole.mixtures",
+    "from_library": "mole.mixtures",
     "load_expert": "mole.experts",
     "load_mixture": "mole.mixtures",
     "load_scalings_log": "mole.routing.log",

@@ -24,6 +24,7 @@ class Sweet:
     name: Literal["sweet"] = "sweet"
     sugar: Annotated[int, Field(ge=0)] = 2
     layers: tuple[str, ...] | str = "all"
+    extras: dict[str, float] = Field(default_factory=dict)
 
 
 @config_dataclass
@@ -58,6 +59,7 @@ class Toy:
     topping: Topping | None = None
     toppings: dict[str, Topping] = Field(default_factory=dict)
     launcher: LauncherConfig
+    spices: dict[str, float] = Field(default_factory=dict)
     name: str = "cake"
     seed: int = 0
     hub_token_file: str | None = None

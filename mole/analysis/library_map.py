@@ -18,18 +18,22 @@ def draw_map(title: str, places: Sequence[Sequence[float]], names: Sequence[str]
     """One point for each expert at its place in the plane, coloured by cluster. Raises MissingExtra."""
     figure = new_figure(SIZE + 1.6, SIZE + 1.4)
     axes = panel(figure, 0.8, 0.6, SIZE, SIZE)
-    told = f"{len(names)} experts in {len(set(clusters))} clusters, by the cosines of their updates"
+    groups = len(set(clusters))
+    told = f"{len(names)} experts in {groups} cluster{'' if groups == 1 else 's'}, by the cosines of their updates"
     headline(axes, shortened(title, 60), told)
     tints = colours(max(clusters, default=0) + 1)
     axes.axhline(0, color=LINE, linewidth=0.8, zorder=0)
     axes.axvline(0, color=LINE, linewidth=0.8, zorder=0)
     axes.scatter([x for x, _ in places], [y for _, y in places], c=[tints[c] for c in clusters], s=36, zorder=2)
+    axes.margins(0.12)
+    middle = sum((min(column), max(column))) / 2 if (column := [x for x, _ in places]) else 0.0
     if len(names) <= MOST_NAMES:
         for (x, y), name in zip(places, names, strict=True):
             axes.annotate(
                 shortened(name),
                 (x, y),
-                (5, 4),
+                (5, 4) if x <= middle else (-5, 4),  # towards the middle: a name never runs out of the frame
+                ha="left" if x <= middle else "right",
                 textcoords="offset points",
                 fontsize=8,
                 color=INK,

@@ -49,7 +49,7 @@ def run(command: Command, given: argparse.Namespace, folders: Sequence[str], per
             except (HydraException, OmegaConfBaseException) as error:
                 if os.environ.get("MOLE_FULL_ERROR"):
                     raise
-                lines = list(explain(error, engine))
+                lines = list(explain(error, engine, call.overrides))
     except (ValueError, OSError, yaml.YAMLError) as error:
         if isinstance(error, BrokenPipeError) or os.environ.get("MOLE_FULL_ERROR"):
             raise
@@ -257,8 +257,8 @@ def _escaped(value: Any) -> Any:
     return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
-def explain(error: Exception, engine: engines.Engine) -> Iterator[str]:
-    """An error of the engine in a few lines, with what may have been meant."""
+def explain(error: Exception, engine: engines.Engine, overrides: Sequence[str] = ()) -> Iterator[str]:
+    """An error of the engine under `overrides` in a few lines, with what may have been meant."""
     text = f"{error}\n{error.__cause__ or ''}"
     if match := re.search(r"Could not (?:override|append to|delete from) (?:config\. )?.*?'([^']+)'", text):
         key = match[1]
@@ -266,7 +266,7 @@ def explain(error: Exception, engine: engines.Engine) -> Iterator[str]:
             yield f"+{key}: {key} is there already; write {key}=… without the plus"
             return
         yield f"Could not override '{key}'." if "override" in match[0] else f"~{key}: there is no {key} to take away"
-        yield from _near_keys(key, engine)
+        yield from _near_keys(key, engine, overrides)
     elif match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         known = engine.options(match[1])
         near = nearest(match[2], known, 1)
@@ -276,20 +276,27 @@ def explain(error: Exception, engine: engines.Engine) -> Iterator[str]:
         yield from (line for line in str(error).splitlines()[:6] if line.strip())
 
 
-def _near_keys(key: str, engine: engines.Engine) -> Iterator[str]:
-    chosen = engine.groups()
+def _near_keys(key: str, engine: engines.Engine, overrides: Sequence[str]) -> Iterator[str]:
+    chosen, taken = engine.groups(), engine.chosen(overrides)
     top, _, rest = key.partition(".")
-    if top in chosen and chosen[top] is None:
+    if top in chosen and top not in taken:
         named = " or ".join(f"{top}={option}" for option in engine.options(top))
         yield f"{top} is not chosen yet; add {named}"
         if engine.takes_several(top):
             yield f"among several, say which: {top}s.<name>.{rest}=…"
         return
-    node = OmegaConf.to_container(engine.compose(), resolve=False)
-    near = nearest(key, [*saved_config.leaves(node), *chosen], 1)
-    if near:
+    choices = [f"{group}={option}" for group, option in taken.items() if chosen[group] != option]
+    node = OmegaConf.to_container(engine.compose(choices), resolve=False)
+    leaves = saved_config.leaves(node)
+    if top in taken:
+        own = [k.removeprefix(f"{top}.") for k in leaves if k.startswith(f"{top}.")]
+        near = nearest(rest, own, 1)
+        yield f"did you mean {top}.{near[0]}?" if near else f"known: {', '.join(f'{top}.{k}' for k in own)}"
+        return
+    near = nearest(key, [*leaves, *chosen], 1)
+    if near and near[0] != key:
         yield f"did you mean {near[0]}?"
-    elif top in chosen:
-        yield f"known: {', '.join(k for k in saved_config.leaves(node) if k.startswith(f'{top}.'))}"
+    elif near and key.removesuffix("s") in chosen:
+        yield f"it is filled by {key.removesuffix('s')}=[…]"
     else:
         yield f"known: {', '.join([*chosen, *(k for k in node if k not in chosen)])}"  # type: ignore[union-attr]

@@ -14,10 +14,10 @@ from pydantic import Field
 from mole import backbones, data, mixtures
 from mole.analysis import MissingExtra, plot_run
 from mole.backbones import Backbone
-from mole.commands import heads
+from mole.commands import continuing, heads
 from mole.commands.chosen_experts import chosen_experts
 from mole.commands.feeding import dry_run, refuse_resuming, show_first_batch, training_data
-from mole.commands.listening import TrainingForwards, listening, texts_of
+from mole.commands.listening import TrainingForwards, listening, observing, texts_of
 from mole.commands.preparing import prepare
 from mole.commands.static_weights import tell_bound, weights_logged
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
@@ -26,16 +26,16 @@ from mole.data import DataSplits, Sample
 from mole.evaluation import check_reloaded, mean_loss
 from mole.experts import Expert, licences
 from mole.mixtures import MultiExpertModel
-from mole.mixtures.growing import carry, take_apart
 from mole.mixtures.preparing.prototype_data import flatness, needs_data
 from mole.mixtures.two_pass.hidden_store import HiddenStore, store_bytes
 from mole.registry import BACKBONES, DATASETS, LIBRARIES, OPTIMIZERS, ROUTERS, SCHEDULES, TRACKERS, config_dataclass
 from mole.routers import StaticRouter
 from mole.routing.log import RoutingLog
-from mole.routing.losses import Over, check_losses
+from mole.routing.losses import On, Over, check_losses
 from mole.routing.statistics import RoutingStatistics
 from mole.run_folder import RunFolder
 from mole.training import AnyTraining, FitResult, fit, make_accelerator
+from mole.training.metrics import MetricsFile
 
 logger = logging.getLogger(__name__)
 Collate = Callable[[list[Sample]], dict[str, Any]]
@@ -80,6 +80,7 @@ class BuildMoe:
     dry_run: bool = False
     losses: dict[str, float] = dataclasses.field(default_factory=dict)
     losses_over: Over = "microbatch"
+    losses_on: On = "valid"
     free_bits: Annotated[float, Field(ge=0, le=1)] = 0.0
     keep_hidden_states: Literal["float32", "bfloat16"] | None = None
     log_every: Annotated[int, Field(ge=1)] | None = 20
@@ -101,6 +102,8 @@ class BuildMoe:
             raise ValueError(
                 f"losses: router={self.router.name} learns nothing: leave them out, or choose another router"
             )
+        if self.start_from is not None and isinstance(self.experts, str | dict):
+            raise ValueError("experts: a mixture that starts from another has its experts; give a list of their names")
         if self.keep_hidden_states is not None:
             self._require_constant_hidden_states()
 
@@ -123,12 +126,14 @@ def run(config: BuildMoe) -> float | None:
     Returns the best validation score; None where nothing was trained.
     """
     run = RunFolder(config.run.folder)
-    experts, origins = chosen_experts(config)
+    experts, origins = ({}, continuing.origins_of(config)) if config.start_from else chosen_experts(config)
     chosen = chosen_datasets(config) if config.dataset or config.datasets else {}
     accelerator = make_accelerator(config.training, backbones.resolve_device(config.backbone.device))
     backbone = heads.backbone_for(config, chosen)
     model = _mixture(config, backbone, experts)
     datasets = data.load_many(chosen, backbone.tokenizer, seed=config.seed, context_length=backbone.context_length)
+    for router in model.routers().values() if config.learns else ():
+        router.check_tasks(list(dict.fromkeys(s.task for one in datasets.values() for s in one.train)), training=True)
     collate = partial(data.collate, pad_token_id=backbone.tokenizer.pad_token_id)
     log = RoutingLog(model.sites, model.expert_names)
     if needs_data(config.router):
@@ -140,19 +145,27 @@ def run(config: BuildMoe) -> float | None:
     if config.learns or model.trained_modules():
         listener = TrainingForwards(log, config.log_every) if accelerator.is_main_process else None
         model.losses = dict(config.losses)
-        model.loss_options = {"over": config.losses_over, "free_bits": config.free_bits}
+        model.loss_options = {
+            "over": config.losses_over,
+            "on": config.losses_on,
+            "free_bits": config.free_bits,
+        }
         statistics = _statistics(config, model) if accelerator.is_main_process else None
         with listening(model, listener), _keeping(model, config, datasets):
             result = _train(config, model, datasets, backbone, accelerator, run, statistics=statistics)
     else:
         run.update(status="running")
     if accelerator.is_main_process and not config.dry_run:
-        _log_examples(model, datasets, collate, log, config)
+        with observing(model) as seen:
+            _log_examples(model, datasets, collate, log, config)
+        if result is None and (told := mixtures.own_statistics(model) | seen.read()):
+            MetricsFile(run.metrics).write(step=0, phase="evaluation", **told)
         if len(log):
             log.flush(run.scalings / "log", overwrite=True, decode=partial(texts_of, backbone.tokenizer))
         held_out = data.joined(datasets.values(), "validation")
         found = heads.finish(model, held_out, collate, config, backbone, datasets, run)
-        facts = licences.facts({name: expert.card.license for name, expert in experts.items()})
+        parts = {name: expert.card.license for name, expert in experts.items()}
+        facts = licences.facts(parts or continuing.licences_of(config))
         facts |= {"head": heads.head_fact(backbone.head), "origins": origins}
         facts["scores"] = heads.score_rows(found, None, "+".join(datasets), len(held_out))
         _keep(config, run, model, backbone, facts, _some_batch(model, datasets, collate), result)
@@ -181,12 +194,9 @@ def _keeping(model: MultiExpertModel, config: BuildMoe, datasets: dict[str, Data
 
 
 def _mixture(config: BuildMoe, backbone: Backbone, experts: dict[str, Expert]) -> MultiExpertModel:
-    """The mixture with a router at its seeded start, or with what that of another mixture has learned."""
-    parts = None
+    """The mixture of `experts` with a router at its seeded start, or that of `start_from` with all it has learned."""
     if config.start_from is not None:
-        parts = take_apart(mixtures.load_mixture(mixtures.mixture_folder(config.start_from), backbone))
-        if parts.router_config != config.router:
-            raise ValueError(f"start_from: the router of {config.start_from} has other settings than router=…")
+        parts = continuing.parts_of(config, backbone)
     mixing = dict(vars(config.mixing))
     if mixing["modules_to_save"] == "auto":
         mixing["modules_to_save"] = "train" if backbone.head else "error"
@@ -194,21 +204,16 @@ def _mixture(config: BuildMoe, backbone: Backbone, experts: dict[str, Expert]) -
         mixing["heads"] = backbone.trained_along()
     if (name := mixing["modules_to_save"].partition(":")[2]) in experts:
         heads.check_head(f"expert {name!r}", experts[name].card, backbone.head)
+    mixing |= {"kernel": config.kernel, "train": config.train if config.learns else "none"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for("init", config.seed))
-        model = mixtures.mixture_of(
-            experts,
-            backbone,
-            config.router,
-            kernel=config.kernel,
-            train=config.train if config.learns else "none",
-            allow_other_backbone=config.allow_other_backbone,
-            **mixing,
-        )
+        if config.start_from is not None:
+            model = continuing.mixture_of_parts(config, parts, mixing)
+        else:
+            other = config.allow_other_backbone
+            model = mixtures.mixture_of(experts, backbone, config.router, allow_other_backbone=other, **mixing)
     if model.trained_modules() and not config.learns:  # the head alone
         model.set_trainable(config.train)
-    if parts is not None:
-        carry(model, parts)
     return model
 
 

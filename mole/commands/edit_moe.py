@@ -1,19 +1,26 @@
 """`mole edit-moe`: add experts to a saved mixture, remove or replace some; its router keeps what it has learned."""
 
+import dataclasses
 import logging
+from functools import partial
 
 import torch
 
-from mole import backbones, mixtures
+from mole import backbones, data, mixtures
+from mole.backbones import Backbone
 from mole.commands.library.opening import library_of
-from mole.config.nodes import RunConfig
+from mole.commands.preparing import prepare
+from mole.config.nodes import RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
+from mole.data import Sample
 from mole.experts import Expert, licences
 from mole.experts.folder import read_card
 from mole.mixtures import MultiExpertModel
 from mole.mixtures.growing import put_together, take_apart
-from mole.registry import BACKBONES, LIBRARIES, config_dataclass, unknown
+from mole.mixtures.preparing.prototype_data import samples_of, unprepared
+from mole.registry import BACKBONES, DATASETS, LIBRARIES, config_dataclass, unknown
 from mole.run_folder import RunFolder
+from mole.training import TrainingConfig, make_accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +31,8 @@ class EditMoe:
 
     backbone: BACKBONES.union()  # type: ignore[valid-type]
     library: LIBRARIES.union() | None = None  # type: ignore[valid-type]
+    dataset: DATASETS.union() | None = None  # type: ignore[valid-type]
+    datasets: dict[str, DATASETS.union()] = dataclasses.field(default_factory=dict)  # type: ignore[valid-type]
     mixture: str
     name: str = "mixture"
     add: tuple[str, ...] = ()
@@ -37,6 +46,8 @@ class EditMoe:
         problems = []
         if (self.add or self.replace) and self.library is None:
             problems.append("add and replace take experts of a library: give library=<one>")
+        if (self.dataset or self.datasets) and not (self.add or self.replace):
+            problems.append("dataset is for experts that come in: give add or replace, or leave it out")
         listed = [*self.add, *self.replace, *self.remove]
         twice = sorted({name for name in listed if listed.count(name) > 1})
         if twice:
@@ -55,9 +66,15 @@ def run(config: EditMoe) -> None:
     origins = mixtures.origins_of(source)
     _check(config, tuple(origins))
     new = _experts(config)
-    run.update(status="running")
     old = mixtures.load_mixture(source, backbone, allow_other_backbone=config.allow_other_backbone)
     model = _changed(config, old, new)
+    samples = _samples(config, model, backbone)
+    run.update(status="running")  # what is refused until here leaves nothing
+    if samples:
+        collate = partial(data.collate, pad_token_id=backbone.tokenizer.pad_token_id)
+        training = TrainingConfig()
+        accelerator = make_accelerator(training, model.device)
+        run.update(prepared=prepare(model, samples, collate, training, accelerator, run))
     origins |= mixtures.pinned(new, config.library.url if config.library else None)
     parts = {"the mixture": read_card(source).license, **{name: expert.card.license for name, expert in new.items()}}
     mixtures.save_mixture(
@@ -98,7 +115,20 @@ def _changed(config: EditMoe, old: MultiExpertModel, new: dict[str, Expert]) -> 
     tasks = {**parts.tasks, **{name: expert.card.tasks for name, expert in new.items()}}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for("init", config.seed))
-        return put_together(parts, experts, {name: tasks[name] for name in experts}, replaced=config.replace)
+        own = {name: tasks[name] for name in experts}
+        taught = bool(config.dataset or config.datasets)
+        return put_together(parts, experts, own, replaced=config.replace, taught=taught)
+
+
+def _samples(config: EditMoe, model: MultiExpertModel, backbone: Backbone) -> list[Sample]:
+    """What the router learns of the experts that come in, checked; none where no dataset is given."""
+    if not (config.dataset or config.datasets):
+        return []
+    context = backbone.context_length
+    splits = data.load_many(chosen_datasets(config), backbone.tokenizer, seed=config.seed, context_length=context)
+    samples = data.joined(splits.values(), "train")
+    samples_of(model, samples, unprepared(model))
+    return list(samples)
 
 
 def _learns(model: MultiExpertModel) -> bool:

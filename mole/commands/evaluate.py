@@ -14,17 +14,21 @@ from mole import data, mixtures
 from mole.backbones import Backbone
 from mole.commands import heads
 from mole.commands.library.opening import open_library
+from mole.commands.listening import observing
+from mole.commands.moe_models import open_any, without_blocks
 from mole.config.nodes import RunConfig, chosen_datasets
 from mole.data import DataSplits, Sample
 from mole.evaluation import Table, exact_match, mean_loss, predict, scores, total, write_predictions
 from mole.experts import ExpertLibrary
 from mole.experts.scores import with_score
 from mole.mixtures import MultiExpertModel
+from mole.moe import MoEModel
 from mole.registry import BACKBONES, DATASETS, config_dataclass
 from mole.routers import TaskConfig, TaskRouter, UniformConfig, UniformRouter
 from mole.run_folder import RunFolder, write_atomically
 
 Row = Literal["base", "experts", "uniform", "oracle", "mixture"]
+Model = MultiExpertModel | MoEModel
 Routed = Callable[[], AbstractContextManager[Any]]
 
 
@@ -57,38 +61,45 @@ class Evaluate:
 def run(config: Evaluate) -> float | None:
     """Evaluates every row on every dataset; prints the table, writes evaluation.json, table.md and table.csv.
 
-    A run that was stopped goes on with the first score it lacks. Returns the mean of the last row.
+    evaluation.json has statistics of a mixture's routing over these datasets under `routing`. A run that was stopped
+    goes on with the first score it lacks. Returns the mean of the last row.
     """
     run = RunFolder(config.run.folder)
     backbone = heads.backbone_for(config, chosen_datasets(config))
-    for name, card in mixtures.cards_at(config.model).items():
+    cards = mixtures.cards_at(config.model) if mixtures.blocks_in(config.model) is None else {}
+    for name, card in cards.items():
         heads.check_head(name, card, backbone.head)
-    model = mixtures.open_model(config.model, backbone, allow_other_backbone=config.allow_other_backbone)
+    model = open_any(config.model, backbone, allow_other_backbone=config.allow_other_backbone)
     library = _library(config, model) if config.publish_scores else None
     datasets = data.load_many(
         chosen_datasets(config), backbone.tokenizer, seed=config.seed, context_length=backbone.context_length
     )
     splits = {name: _samples(name, one, config) for name, one in datasets.items()}
     metric = _metric(config, backbone, datasets)
-    compared = dict(_rows(model, config.rows, with_base=backbone.head is None))
+    compared = dict(_rows(model, config, with_base=backbone.head is None))
     known = dict(Table.read(run.cells).rows) if config.run.resume == "auto" and run.cells.is_file() else {}
     run.update(status="running")
     rows: dict[str, dict[str, float]] = {}
+    routing: dict[str, Any] = {}
     for row, routed in compared.items():
         rows[row] = dict(known.get(row, {}))
-        with routed():
+        if row == "mixture" and rows[row]:
+            rows[row] = {}  # its routing is told of all data, or of none
+        with routed(), observing(model) if row == "mixture" else nullcontext() as seen:
             for name, samples in splits.items():
                 if name not in rows[row]:
                     rows[row][name] = _score(model, samples, backbone, config, metric)
                     write_atomically(run.cells, Table(metric, rows).as_json())
-    table = Table(metric, rows)
+        if seen is not None:
+            routing = mixtures.own_statistics(model) | seen.read()
+    table = Table(metric, rows, routing=routing)
     table.write(run)
     run.cells.unlink(missing_ok=True)
     Console().print(table.rendered())
     if backbone.head is not None:
         _keep_predictions(model, compared, splits, backbone, config, run)
     if library is not None:
-        _publish(library, table, model.expert_names, splits, config)
+        _publish(library, table, model.expert_names, splits, config, backbone)
     return table.mean(list(rows)[-1])
 
 
@@ -106,7 +117,7 @@ def _metric(config: Evaluate, backbone: Backbone, datasets: Mapping[str, DataSpl
 
 
 def _keep_predictions(
-    model: MultiExpertModel,
+    model: Model,
     rows: Mapping[str, Routed],
     splits: Mapping[str, Sequence[Sample]],
     backbone: Backbone,
@@ -122,8 +133,10 @@ def _keep_predictions(
     write_predictions(run.predictions, samples, logits, backbone.head)
 
 
-def _library(config: Evaluate, model: MultiExpertModel) -> ExpertLibrary:
+def _library(config: Evaluate, model: Model) -> ExpertLibrary:
     """The library that `model` is. Raises ValueError if it is none, LibraryError if it cannot be written."""
+    if isinstance(model, MoEModel):
+        raise ValueError(f"publish_scores: {config.model} has blocks of mole moefy and no experts: leave it out")
     library = open_library(config.model)
     if not library.exists() or not set(model.expert_names) <= set(library.names()):
         raise ValueError(
@@ -139,9 +152,15 @@ def _publish(
     names: Sequence[str],
     splits: Mapping[str, Sequence[Sample]],
     config: Evaluate,
+    backbone: Backbone,
 ) -> None:
-    """Each expert's scores into its card, all in one batch; one of the same metric, task and split is replaced."""
+    """Each expert's scores into its card, all in one batch; one of the same metric, task, split and config is replaced.
+
+    `config` is the digest of what a score depended on: the samples, the backbone, the length of what was written.
+    """
     facts = {"metric": table.metric, "split": config.split, "higher_is_better": table.higher_is_better}
+    on = [backbone.name, backbone.revision, config.max_new_tokens if table.metric == "exact_match" else None]
+    digests = {name: heads.measured_on(samples, *on) for name, samples in splits.items()}
     with library.batch(f"{table.metric} on {', '.join(splits)}") as batch:
         for name in names:
             card = library.card(name)
@@ -150,6 +169,7 @@ def _publish(
                 value = table.rows[name][dataset]
                 if math.isfinite(value):
                     one = {**facts, "value": value, "task": dataset, "dataset": dataset, "examples": len(samples)}
+                    one["config"] = digests[dataset]
                     rows = with_score(rows, one)
             batch.edit_card(name, expect=card.revision, scores=list(rows))
     print(f"{len(names)} cards of {library.url} have the scores")
@@ -163,22 +183,22 @@ def _samples(name: str, splits: DataSplits, config: Evaluate) -> Sequence[Sample
     return data.spread(samples, config.limit)
 
 
-def _rows(model: MultiExpertModel, wanted: Sequence[Row] | None, *, with_base: bool) -> Iterator[tuple[str, Routed]]:
+def _rows(model: Model, config: Evaluate, *, with_base: bool) -> Iterator[tuple[str, Routed]]:
     """Row name → the context in which the model is that row. Raises ValueError for rows that this model cannot give.
 
     Under a head the backbone by itself says nothing: there is no row for it then (`with_base` False).
     """
+    wanted = config.rows
+    if isinstance(model, MoEModel):
+        for row in _chosen_rows(["base", "mixture"] if with_base else ["mixture"], wanted):
+            yield row, nullcontext if row == "mixture" else partial(without_blocks, model, config.backbone)
+        return
     several = len(model.expert_names) > 1
     can: list[str] = ["base", "experts"] if with_base else ["experts"]
     if several:
         can += ["uniform", *(["oracle"] if any(model.shape.expert_tasks) else [])]
         can += ["mixture"] if model.router_config.name != "uniform" else []
-    for row in wanted or ():
-        if row not in can:
-            raise ValueError(f"rows: this model has no row {row!r} (it has {', '.join(can)})")
-    for row in can:
-        if wanted is not None and row not in wanted:
-            continue
+    for row in _chosen_rows(can, wanted):
         if row == "base":
             yield "base", model.experts_off
         elif row == "experts":
@@ -192,9 +212,15 @@ def _rows(model: MultiExpertModel, wanted: Sequence[Row] | None, *, with_base: b
             yield "mixture", nullcontext
 
 
-def _score(
-    model: MultiExpertModel, samples: Sequence[Sample], backbone: Backbone, config: Evaluate, metric: str
-) -> float:
+def _chosen_rows(can: Sequence[str], wanted: Sequence[Row] | None) -> list[str]:
+    """Those of the rows that this model can give which are wanted. Raises ValueError for one that it cannot."""
+    for row in wanted or ():
+        if row not in can:
+            raise ValueError(f"rows: this model has no row {row!r} (it has {', '.join(can)})")
+    return [row for row in can if wanted is None or row in wanted]
+
+
+def _score(model: Model, samples: Sequence[Sample], backbone: Backbone, config: Evaluate, metric: str) -> float:
     tokenizer = backbone.tokenizer
     collate = partial(data.collate, pad_token_id=tokenizer.pad_token_id)
     if metric not in ("loss", "exact_match"):

@@ -14,6 +14,7 @@ from mole.adapters import Adapter, LoraWeights, peft_format
 from mole.adapters.normalised import normalised
 from mole.commands.library.opening import open_library
 from mole.experts import Card, Expert, LibraryError, load_expert
+from mole.experts.damage import sound_cards
 from mole.experts.folder import has_card
 from mole.experts.similarity import cosines, gram
 
@@ -61,7 +62,7 @@ def _experts(place: str) -> Iterator[tuple[str, Expert]]:
     if library is None or not library.exists():
         yield place, load_expert(place)
         return
-    names = [name for name, card in library.cards().items() if card.kind == "adapter"]
+    names = [name for name, card in sound_cards(library).items() if card.kind == "adapter"]
     if not names:
         raise LibraryError(f"{place}: the library has no experts")
     yield from ((name, library.get_expert(name)) for name in names)

@@ -39,7 +39,7 @@ def training_data(
     lengths = [len(sample.input_ids) for sample in train]
     if train:
         logger.info("%.1f %% of what the batches hold is padding", 100 * _padding(order(0), lengths, training))
-    return TrainingData(train, partial(collate, pad_token_id=pad_token_id), order)
+    return TrainingData(train, partial(collate, pad_token_id=pad_token_id), order, _tokens)
 
 
 def _packed(train: Sequence[Sample], pad_token_id: int, training: TrainingConfig, seed: int) -> TrainingData:
@@ -66,6 +66,7 @@ def _packed(train: Sequence[Sample], pad_token_id: int, training: TrainingConfig
         rows,
         partial(collate_packed, pad_token_id=pad_token_id),
         lambda epoch: epoch_order(len(rows), epoch, seed_for("data", seed)),
+        _tokens,
     )
 
 
@@ -83,7 +84,7 @@ def _samples(item: Any) -> Sequence[Sample]:
 
 def _padding(order: Sequence[int], lengths: Sequence[int], training: TrainingConfig) -> float:
     """The share of padding in the batches of an epoch."""
-    size = training.micro_batch_size or training.batch_size
+    size = plan_layout(training, 1).micro_batch_size
     groups = [[lengths[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
     return 1 - sum(lengths) / sum(len(group) * max(group) for group in groups)
 

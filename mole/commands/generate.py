@@ -12,14 +12,15 @@ import torch
 from pydantic import Field
 from rich.console import Console
 
-from mole import backbones, data, mixtures
+from mole import backbones, data
 from mole.backbones import Backbone
+from mole.commands.moe_models import check_generation, open_any
 from mole.config.nodes import RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
 from mole.data.encode import text_ids
 from mole.evaluation.exact_match import end_ids
 from mole.mixtures import MultiExpertModel
-from mole.mixtures.two_pass.speculation import require_routing_pass
+from mole.moe import MoEModel
 from mole.registry import BACKBONES, DATASETS, config_dataclass
 from mole.routing.log import RoutingLog
 from mole.run_folder import RunFolder, write_atomically
@@ -84,12 +85,12 @@ def run(config: Generate) -> None:
     run = RunFolder(config.run.folder)
     texts = _texts_of(config)
     backbone = backbones.load(config.backbone)
-    model = mixtures.open_model(config.model, backbone, allow_other_backbone=config.allow_other_backbone)
+    model = open_any(config.model, backbone, allow_other_backbone=config.allow_other_backbone)
     prompts = _checked(
         _of_texts(config, backbone, texts) if texts else _of_datasets(config, backbone), config, backbone
     )
-    if config.self_speculation:
-        require_routing_pass(model)
+    check_generation(model, self_speculation=config.self_speculation, log=config.log, num_beams=config.num_beams)
+    _check_tasks(model, [prompt.task for prompt in prompts])
     log = RoutingLog(model.sites, model.expert_names)
     if config.log:
         log.end_ids = tuple(dict.fromkeys([*end_ids(model, backbone.tokenizer), backbone.tokenizer.pad_token_id]))
@@ -165,8 +166,23 @@ def _checked(prompts: list[Prompt], config: Generate, backbone: Backbone) -> lis
     return prompts
 
 
+def _check_tasks(model: MultiExpertModel, tasks: list[str | None]) -> None:
+    """Raises ValueError if the model's router goes by tasks, and a prompt is of none that it can route."""
+    for router in model.routers().values():
+        known = ", ".join(dict.fromkeys(getattr(router, "tasks", sum(model.shape.expert_tasks, ()))))
+        if "task_names" in router.needs and None in tasks:
+            raise ValueError(
+                f"this mixture's router={model.router_config.name} goes by the task of each prompt: give task=<one>"
+                + (f" (known: {known})" if known else "")
+            )
+        try:
+            router.check_tasks([task for task in tasks if task is not None], training=False)
+        except ValueError as error:
+            raise ValueError(f"{error} when the mixture is built; here give task=<one> (known: {known})") from None
+
+
 def _generated(
-    config: Generate, model: MultiExpertModel, backbone: Backbone, prompts: list[Prompt]
+    config: Generate, model: MultiExpertModel | MoEModel, backbone: Backbone, prompts: list[Prompt]
 ) -> Iterator[dict[str, Any]]:
     """One row per prompt, printed as it comes."""
     tokenizer, console = backbone.tokenizer, Console(highlight=False)

@@ -11,6 +11,7 @@ from mole.config.seeds import seed_for
 from mole.data import DataSplits, Sample
 from mole.evaluation import HIGHER_IS_BETTER, Validation, predict, write_predictions
 from mole.experts import Card, LibraryError
+from mole.experts.card import digest_of
 from mole.head import Head
 from mole.run_folder import RunFolder
 
@@ -68,8 +69,18 @@ def head_fact(head: Head | None) -> dict[str, Any] | None:
     return None if head is None else {"type": head.kind, "labels": list(head.labels)}
 
 
-def score_rows(found: Mapping[str, float], task: str | None, dataset: str, examples: int) -> list[dict[str, Any]]:
-    """Scores on the validation samples as rows of a card; those of single tasks are left out."""
+def measured_on(samples: Sequence[Sample], *more: Any) -> str:
+    """The digest that a row of scores has as its `config`: of the samples, and of what else the score depended on."""
+    return digest_of([[[list(s.input_ids), list(s.labels), s.target] for s in samples], *more])[:16]
+
+
+def score_rows(
+    found: Mapping[str, float], task: str | None, dataset: str, examples: int, config: str | None = None
+) -> list[dict[str, Any]]:
+    """Scores on the validation samples as rows of a card; those of single tasks are left out.
+
+    `config` is what `measured_on` gives.
+    """
     return [
         {
             "metric": name,
@@ -79,7 +90,7 @@ def score_rows(found: Mapping[str, float], task: str | None, dataset: str, examp
             "split": "validation",
             "examples": examples,
             "higher_is_better": HIGHER_IS_BETTER[name],
-            "config": None,
+            "config": config,
         }
         for name, value in found.items()
         if name in HIGHER_IS_BETTER

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mole.routing.log import RoutingLog
+from mole.routing.statistics import RoutingStatistics
 
 
 class TrainingForwards:
@@ -37,6 +38,19 @@ def listening(model: Any, listener: Any) -> Iterator[None]:
         yield
     finally:
         model.listeners.remove(listener)
+
+
+@contextmanager
+def observing(model: Any) -> Iterator[RoutingStatistics]:
+    """Statistics of the body's evaluations, and of how generation reads its prompts."""
+    tasks = model.shape.expert_tasks
+    counted = ("eval", "prefill")
+    found = RoutingStatistics(model.sites, model.expert_names, tasks, warns=False, phases=counted)
+    model.observers.append(found)
+    try:
+        yield found
+    finally:
+        model.observers.remove(found)
 
 
 def texts_of(tokenizer: Any, ids: list[int]) -> list[str]:

@@ -15,6 +15,7 @@ from mole.commands.library.opening import library_of, open_library
 from mole.config.nodes import RunConfig, not_chosen
 from mole.experts import BackboneRef, Expert, ExpertLibrary, LibraryError, check_backbone, check_name, describe
 from mole.experts.card import Card
+from mole.experts.damage import sound_cards
 from mole.experts.folder import read_card
 from mole.merging import Merged
 from mole.merging.card import check_same_backbone, chosen, common_facts, method_facts
@@ -107,7 +108,7 @@ def run(config: Merge) -> float:
 def _from_library(config: Merge) -> tuple[Merged, Expert]:
     assert config.library is not None
     library = library_of(config.library)
-    cards = library.cards()
+    cards = sound_cards(library, config.experts or ())
     names, left_out = chosen(cards, config.experts)
     if left_out:
         print(f"left out, as merged themselves: {', '.join(left_out)}; experts=[…] takes them in")

@@ -34,6 +34,9 @@ def run(config: PlotImageRouting) -> None:
     """Draws one picture per block, and prints the files that it wrote."""
     pixels = _read(Path(config.image))
     model = open_model(config.model)
+    reads = getattr(model, "main_input_name", "pixel_values")
+    if reads != "pixel_values":
+        raise ValueError(f"model={config.model}: a {type(model).__name__} takes {reads}, not images")
     patch_size = config.patch_size or getattr(model.config, "patch_size", None)
     if not isinstance(patch_size, int):
         raise ValueError("patch_size: the model does not say how large its patches are: give patch_size in pixels")

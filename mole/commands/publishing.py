@@ -126,7 +126,8 @@ def _rows(new: tuple[dict[str, Any], ...], old: tuple[dict[str, Any], ...]) -> l
 
 def scores_after(new: tuple[dict[str, Any], ...], base: Card) -> list[dict[str, Any]]:
     """The new scores first, then those that `base` had: theirs is its revision as `config`, they are of its weights."""
-    old = [row if row["config"] else {**row, "config": base.revision[:16]} for row in base.scores]
+    earlier = {row["revision"][:16] for row in base.history}
+    old = [row if row["config"] in earlier else {**row, "config": base.revision[:16]} for row in base.scores]
     return [*new, *old][:MOST_SCORES]
 
 

@@ -270,8 +270,9 @@ def _facts(
     measured = {**found, **measured}
     if after is not None and config.metric != "score":
         measured[config.metric] = after
-    examples = sum(len(splits.validation or ()) for splits in datasets.values())
-    scores = heads.score_rows(measured, tasks[0] if len(tasks) == 1 else None, "+".join(datasets), examples)
+    held_out = [sample for splits in datasets.values() for sample in splits.validation or ()]
+    task, on = tasks[0] if len(tasks) == 1 else None, heads.measured_on(held_out)
+    scores = heads.score_rows(measured, task, "+".join(datasets), len(held_out), on)
     return {
         "tasks": tasks[:64],
         "tags": config.tags,

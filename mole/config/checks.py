@@ -84,10 +84,14 @@ class _Reader:
 
     def _path(self, error: Any) -> tuple[str, ...]:
         """The dotted key of an error: pydantic's location less the names of union members."""
-        path, here = [], self.node
+        path, here, entered = [], self.node, False
         for position, part in enumerate(error["loc"]):
+            names_member = entered and isinstance(here, Mapping) and part == here.get("name")
+            entered = False
+            if names_member:  # of a union of configs; a field may have that name too
+                continue
             if isinstance(here, Mapping) and part in here:
-                here = here[part]
+                here, entered = here[part], True
             elif isinstance(here, list) and isinstance(part, int):
                 here = here[part] if part < len(here) else None
             elif not (position == len(error["loc"]) - 1 and error["type"].startswith("missing")):

@@ -75,6 +75,7 @@ class Engine:
         self.hydra: Any = GlobalHydra.instance().hydra
         self._options: dict[str, list[str]] = {}
         self._groups: dict[tuple[str, ...], dict[str, str | None]] = {}
+        self._saved: dict[str, Any] = {}  # the body of that run
 
     def groups(self, overrides: Sequence[str] = ()) -> dict[str, str | None]:
         """Every group that the command can select → the option chosen under `overrides` (None: none yet)."""
@@ -114,6 +115,25 @@ class Engine:
         own = yaml_files.defaults(self.primary_file())
         return [group for group, comment in own.items() if comment.startswith("required")]
 
+    def chosen(self, overrides: Sequence[str] = ()) -> dict[str, str]:
+        """Group → the option that is chosen, where one is: of `overrides` what chooses counts, and no sweep does."""
+        known = self.groups()
+        choices = [o for o in overrides if o.lstrip("+~").partition("=")[0].partition("@")[0] in known]
+        found = {group: option for group, option in self.groups(choices).items() if option}
+        kept = {group: node.get("name") for group, node in self._saved.items() if isinstance(node, dict)}
+        return {group: name for group, name in kept.items() if group in known and name} | found
+
+    def open_keys(self, overrides: Sequence[str] = ()) -> set[str]:
+        """Keys of mappings whose names the user chooses: `{}` in the files that give them; no group's plural."""
+        files = [(f, f"{g}.") for g, o in self.chosen(overrides).items() if (f := self.file(g, o))]
+        written = [
+            (prefix + entry.key, entry.value)
+            for file, prefix in [(self.primary_file(), ""), *files]
+            if not yaml_files.is_global(file)
+            for entry in yaml_files.entries(file).values()
+        ]
+        return {key for key, value in written if value == "{}"} - {f"{group}s" for group in self.groups()}
+
     def compose(self, overrides: Sequence[str] = ()) -> DictConfig:
         """The composed configuration, interpolations not yet resolved. Raises Hydra's and OmegaConf's errors."""
         return hydra.compose(self.config_name, list(overrides))
@@ -125,6 +145,7 @@ class Engine:
         """
         own = OmegaConf.load(self.primary_file())
         groups = self.groups()
+        self._saved = body
         gone = {*switched, *(f"{g}s" for g in switched)}
         fresh: dict[str, Any] = {k: v for k, v in body.items() if k not in gone}
         for group in groups:  # `dataset=[…]` over a saved `dataset`: the plural's key must be there to be filled

@@ -28,6 +28,7 @@ class Tree(Protocol):
     def groups(self, overrides: Sequence[str] = ()) -> dict[str, str | None]: ...
     def options(self, group: str) -> list[str]: ...
     def takes_several(self, group: str) -> bool: ...
+    def open_keys(self, overrides: Sequence[str] = ()) -> set[str]: ...
 
 
 def is_override(word: str) -> bool:
@@ -58,8 +59,8 @@ def rewrite(words: Sequence[str], tree: Tree, *, sweep: bool = False) -> list[st
     """The overrides as Hydra takes them.
 
     `group=null` takes the group away, a list for a group that allows several fills the plural key, an address chooses
-    the option that takes addresses, text outside Hydra's grammar is quoted. Raises ValueError for an unknown option, a
-    list where one is wanted, and a comma without `sweep`.
+    the option that takes addresses, text outside Hydra's grammar is quoted, a mapping of names that the user chooses
+    takes new ones. Raises ValueError for an unknown option, a list where one is wanted, a comma without `sweep`.
     """
     if not words:
         return []
@@ -78,7 +79,17 @@ def rewrite(words: Sequence[str], tree: Tree, *, sweep: bool = False) -> list[st
             done.append(f"{group}={{{WRAPPED}: {quote(_text(override.value()))}}}")
         else:
             done.append(override.input_line or word)
-    return done
+    return _opened(done, tree)
+
+
+def _opened(words: list[str], tree: Tree) -> list[str]:
+    """The engine adds no key to a mapping; one whose names are the user's to choose is to take those it lacks."""
+    settings = [w for w in words if w[0] not in "+~" and "@" not in w.partition("=")[0]]
+    if not settings:
+        return words
+    opened = tree.open_keys([w for w in words if not _parse(w).is_sweep_override()])
+    wanted = {w for w in settings if any(f"{w.partition('=')[0]}.".startswith(f"{key}.") for key in opened)}
+    return [f"++{w}" if w in wanted else w for w in words]
 
 
 def group_keys(words: Iterable[str]) -> list[str]:

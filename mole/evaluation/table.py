@@ -29,12 +29,14 @@ class Table:
     """Scores: `rows` is row name → task name → value of `metric`.
 
     A row may lack tasks, and then has no mean; a value that is not finite never is the best. `higher_is_better` None:
-    known from the metric. Raises ValueError for a metric of which it is not known, and for a table without any value.
+    known from the metric. `routing` statistics of the mixture's routing, kept beside. Raises ValueError for a metric of
+    which it is not known, and for a table without any value.
     """
 
     metric: str
     rows: Mapping[str, Mapping[str, float]]
     higher_is_better: bool | None = None
+    routing: Mapping[str, Any] = field(default_factory=dict)
     tasks: tuple[str, ...] = field(init=False, default=())
 
     def __post_init__(self):
@@ -74,12 +76,13 @@ class Table:
 
     # ---- forms
     def as_json(self) -> str:
-        """{"metric": …, "rows": {row: {task: value}}}; a value that is not finite is null, as JSON knows none."""
+        """{"metric": …, "rows": {row: {task: value}}} and "routing" if there is any; what is not finite is null."""
         rows = {
             row: {task: value if math.isfinite(value) else None for task, value in values.items()}
             for row, values in self.rows.items()
         }
-        return json.dumps({"metric": self.metric, "rows": rows}, indent=2, ensure_ascii=False) + "\n"
+        routing = {"routing": dict(self.routing)} if self.routing else {}
+        return json.dumps({"metric": self.metric, "rows": rows} | routing, indent=2, ensure_ascii=False) + "\n"
 
     def as_markdown(self) -> str:
         """A Markdown table; the best of each column is bold."""
@@ -143,7 +146,7 @@ class Table:
                 str(row): {str(task): math.nan if value is None else float(value) for task, value in values.items()}
                 for row, values in data["rows"].items()
             }
-            return cls(data["metric"], rows, higher_is_better)
+            return cls(data["metric"], rows, higher_is_better, data.get("routing", {}))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not an evaluation that can be read: {error}") from None
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from mole.experts import artefacts
 from mole.experts.backends.backend import Change
 from mole.experts.card import Card
-from mole.experts.errors import Conflict, LibraryError, UnknownExpert
+from mole.experts.damage import version_of_damaged
+from mole.experts.errors import Conflict, Damaged, LibraryError, UnknownExpert
 from mole.experts.expert import Expert, read_adapter
 from mole.experts.names import check_name
 from mole.registry import unknown
@@ -45,8 +46,16 @@ class Batch:
         return card
 
     def update_expert(self, name: str, expert: Expert, *, expect: str | None = None, message: str = "") -> Card:
-        """Put another revision in the place of the one that is there. Raises Conflict if that is not `expect`."""
-        current, version = self._library.expected(name, expect)
+        """Put another revision in the place of the one that is there. Raises Conflict if that is not `expect`.
+
+        What is there and damaged is replaced by the expert as it is: nobody can tell what it follows.
+        """
+        try:
+            current, version = self._library.expected(name, expect)
+        except Damaged:
+            version = version_of_damaged(self._library, name, expect)
+            self._put("update", name, expert, version, parse=True)
+            return expert.card
         if expert.revision == current.revision:
             return current
         card = expert.card.next_after(current, message or expert.card.message)
@@ -77,12 +86,15 @@ class Batch:
 
     def restore_expert(self, name: str, revision: str, *, expect: str | None = None, message: str = "") -> Card:
         """Put what an old revision says on top again, as a new revision; a removed expert comes back as it was."""
-        old = self._library.card(name, revision)
-        expert = self._library.expert_of(name, old)
+        expert = self._library.get_expert(name, revision)
+        old = expert.card
         try:
             current, version = self._library.expected(name, expect)
         except UnknownExpert:
             self._put("restore", name, expert, None)
+            return old
+        except Damaged:
+            self._put("restore", name, expert, version_of_damaged(self._library, name, expect))
             return old
         if current.revision == old.revision:
             return current
@@ -91,18 +103,29 @@ class Batch:
         self._put("restore", name, expert.with_card(card), version)
         return card
 
-    def remove_expert(self, name: str, *, expect: str | None = None) -> Card:
-        """Take an expert away. Raises Conflict if it is not at `expect`, UnknownExpert. Returns its card."""
-        current, version = self._library.expected(name, expect)
+    def remove_expert(self, name: str, *, expect: str | None = None) -> Card | None:
+        """Take an expert away. Raises Conflict if it is not at `expect`, UnknownExpert.
+
+        Returns its card; None if that is damaged.
+        """
+        current = None
+        try:
+            current, version = self._library.expected(name, expect)
+            self._gone.add(current.content)
+        except Damaged:
+            version = version_of_damaged(self._library, name, expect)
         self._remove(name, version)
         self._told.setdefault("remove", []).append(name)
-        self._gone.add(current.content)
         return current
 
     def put(self, action: str, name: str, expert: Expert, there: Card | None) -> None:
-        """Publish an expert as it stands in another library, in the place of the card that was seen `there`."""
+        """Publish an expert as it stands in another library, in the place of the card that was seen `there`; `replace`
+        without one: of what is damaged there.
+        """
         version = None
-        if there is not None:
+        if there is None and action == "replace":
+            version = version_of_damaged(self._library, name, None)
+        elif there is not None:
             _, version = self._library.expected(name, there.revision)
         self._put(action, name, expert, version)
 

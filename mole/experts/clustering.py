@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MOST = 10  # clusters, where nobody says how many: fewer for fewer experts
+
 
 def mbc(embedding: Tensor, names: Sequence[str], num_clusters: int = 10, *, restarts: int = 10, seed: int = 42):
     """Clusters of `names` by the rows of `embedding` [E, k], largest first, each in the order of `names`."""

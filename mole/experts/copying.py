@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mole.experts import artefacts
+from mole.experts import artefacts, library_readme
+from mole.experts.backends import Backend, LocalBackend
 from mole.experts.card import Card
-from mole.experts.errors import Conflict, LibraryError, NoLibrary
+from mole.experts.damage import damage, sound_cards, way_out
+from mole.experts.errors import Conflict, Damaged, LibraryError, NoLibrary, UnknownExpert
+from mole.experts.filters import keep
 
 if TYPE_CHECKING:
     from mole.experts.library import ExpertLibrary
 
 OnConflict = Literal["fail", "skip", "replace"]
-Action = Literal["add", "update", "edit", "replace", "equal", "skip"]
-WRITTEN = ("add", "update", "edit", "replace")
+Action = Literal["add", "update", "edit", "replace", "repair", "equal", "skip"]
+WRITTEN = ("add", "update", "edit", "replace", "repair")
 _BATCH = 200  # experts in one batch, and so on the disk at a time
 _OPERATIONS = 2_000  # files in one batch
 _OWN = ("revision", "content", "files", "parent", "history", "created", "message", "producer")
@@ -70,7 +73,60 @@ def cards_there(library: ExpertLibrary) -> dict[str, Card]:
         return {}
 
 
-def plan(cards: Mapping[str, Card], there: Mapping[str, Card], on_conflict: OnConflict) -> list[Copied]:
+def seen_there(library: ExpertLibrary) -> tuple[dict[str, Card], set[str]]:
+    """The sound cards of a library that may be written, and the names of the others; none if it does not exist yet."""
+    try:
+        cards, problems = library.look()
+    except NoLibrary:
+        return {}, set()
+    return cards, set(problems)
+
+
+def to_copy(source: ExpertLibrary, names: Iterable[str] | None) -> dict[str, Card]:
+    """The cards of what is to be copied, all of which must be sound. Raises Damaged, UnknownExpert."""
+    cards, problems = source.look() if names is None else source.named(names)
+    for name, problem in sorted(problems.items()):
+        raise Damaged(f"{problem}; copy the others with names=[…], or {way_out(source.url, name)}") from problem
+    return cards
+
+
+def with_repairs(steps: Sequence[Copied], target: ExpertLibrary, *, deep: bool) -> list[Copied]:
+    """The steps, where what is equal by its card and has damaged files there is put there again.
+
+    Elsewhere than in a folder that costs requests: it is looked for only if `deep`.
+    """
+    looks = deep or isinstance(target.backend, LocalBackend)
+    return [
+        Copied(step.name, "repair", step.card, step.there)
+        if looks and step.action == "equal" and damage(target, step.name)
+        else step
+        for step in steps
+    ]
+
+
+def located(backend: Backend, name: str, revision: str) -> tuple[str, Card]:
+    """The name under which an old revision lies, and its card. Raises UnknownExpert.
+
+    A renamed expert's history tells revisions that were published under its old name.
+    """
+    try:
+        return name, backend.card(name, revision)[0]
+    except UnknownExpert as error:
+        missing = error
+    try:
+        chain = [row["revision"] for row in backend.card(name)[0].history]
+    except LibraryError:
+        chain = []
+    found = [one for one in chain if one.startswith(revision)]
+    for bearer in backend.bearers(found[0]) if len(found) == 1 else ():
+        if bearer != name:
+            return bearer, backend.card(bearer, found[0])[0]
+    raise missing
+
+
+def plan(
+    cards: Mapping[str, Card], there: Mapping[str, Card], on_conflict: OnConflict, damaged: Container[str] = ()
+) -> list[Copied]:
     """What copying `cards` to where `there` is would do. Raises Conflict, naming all such experts, with "fail".
 
     An expert that comes from the one that is there (which stands in its history) is an update. One that the other side
@@ -78,7 +134,10 @@ def plan(cards: Mapping[str, Card], there: Mapping[str, Card], on_conflict: OnCo
     """
     if on_conflict not in ("fail", "skip", "replace"):
         raise LibraryError(f"on_conflict={on_conflict!r}: known are fail, skip, replace")
-    done = [Copied(name, _action(card, there.get(name)), card, there.get(name)) for name, card in sorted(cards.items())]
+    done = [
+        Copied(name, "replace" if name in damaged else _action(card, there.get(name)), card, there.get(name))
+        for name, card in sorted(cards.items())
+    ]
     if on_conflict == "replace":
         return done
     clashes = [step for step in done if step.action == "replace"]
@@ -90,6 +149,34 @@ def plan(cards: Mapping[str, Card], there: Mapping[str, Card], on_conflict: OnCo
             clashes[0].there.revision if clashes[0].there else None,
         )
     return [Copied(s.name, "skip", s.card, s.there) if s.action == "replace" else s for s in done]
+
+
+def copy(
+    source: ExpertLibrary,
+    target: ExpertLibrary,
+    names: Iterable[str] | None,
+    where: Mapping[str, Any] | None,
+    *,
+    on_conflict: OnConflict,
+    dry_run: bool,
+    message: str,
+    readme: bool,
+    progress: Callable[[int, int], None] | None,
+) -> list[Copied]:
+    """See ExpertLibrary.copy_from."""
+    cards = to_copy(source, names)
+    chosen = keep(cards, where) if where else cards
+    there, damaged = seen_there(target)
+    steps = plan(chosen, there, on_conflict, damaged)
+    if on_conflict == "replace":
+        steps = with_repairs(steps, target, deep=names is not None)
+    if any(step.action in WRITTEN for step in steps):
+        target.check_writable()
+    if not dry_run:
+        after = {**there, **{step.name: step.card for step in steps if step.action in WRITTEN}}
+        page = library_readme.page_for(target.backend, after) if readme and after != there else None
+        carry_out(steps, source, target, message=message, readme=page, progress=progress)
+    return steps
 
 
 def carry_out(
@@ -132,7 +219,7 @@ def clone(
     With `history` the old revisions that the source still has come along, oldest first, each as it was. Raises Conflict
     if the target has experts.
     """
-    cards = source.cards()
+    cards = sound_cards(source)
     if there := cards_there(target):
         raise Conflict(f"{target.url} has {len(there)} experts; clone into a new or empty library, or use pull or push")
     steps = plan(cards, {}, "fail")
@@ -172,7 +259,7 @@ def _copy_history(source: ExpertLibrary, target: ExpertLibrary, cards: Mapping[s
 def _old(source: ExpertLibrary, name: str, row: Mapping[str, Any]) -> Card | None:
     """An old revision's card; None if the source has it no longer."""
     try:
-        return source.card(name, row["revision"])
+        return source.backend.card(name, row["revision"])[0]
     except LibraryError:
         return None
 
@@ -195,7 +282,8 @@ def comes_from(card: Card, other: Card) -> bool:
 
 
 def _why(step: Copied) -> str:
-    assert step.there is not None
+    if step.there is None:
+        return "is damaged there"
     newer = "is newer there" if comes_from(step.there, step.card) else "was changed on both sides"
     return f"{newer}, revision {step.there.revision[:8]}"
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mole.experts.damage import sound_cards
 from mole.experts.errors import LibraryError
 from mole.experts.similarity import cosines, gram, svd_embedding
 from mole.registry import unknown
@@ -24,7 +25,7 @@ KIND, CODE = "gram", 1
 
 def comparable(library: ExpertLibrary, names: Sequence[str] | None, least: int = 2) -> list[str]:
     """The experts that are meant, sorted by name; None: all adapters. Raises LibraryError for a name that is none."""
-    known = [name for name, card in library.cards().items() if card.kind == "adapter"]
+    known = [name for name, card in sound_cards(library, names or ()).items() if card.kind == "adapter"]
     for name in names or ():
         if name not in known:
             raise LibraryError(f"{library.url}: {unknown('expert', name, known)}")

@@ -22,17 +22,23 @@ class Expert:
     """A card, at once, and an adapter, when it is asked for.
 
     Made either of an `adapter` in memory (`describe` makes the card of it), or with `fetch`, which puts the expert's
-    verified files into an empty folder.
+    verified files into an empty folder. `where` is its address, for messages.
     """
 
     def __init__(
-        self, card: Card, adapter: Adapter | None = None, *, fetch: Callable[[Path], object] | None = None
+        self,
+        card: Card,
+        adapter: Adapter | None = None,
+        *,
+        fetch: Callable[[Path], object] | None = None,
+        where: str | None = None,
     ) -> None:
         if adapter is None and fetch is None:
             raise TypeError("an expert has an adapter in memory, or a place to fetch it from")
         self.card = card
         self._adapter = adapter
         self._fetch = fetch
+        self._where = where
 
     def __repr__(self) -> str:
         return f"Expert({', '.join(self.card.tasks) or self.card.kind}, revision {self.revision[:8]})"
@@ -49,13 +55,13 @@ class Expert:
             assert self._fetch is not None
             with tempfile.TemporaryDirectory(prefix="mole-expert-") as place:
                 self._fetch(Path(place))
-                self._adapter = read_adapter(place, self.card)
+                self._adapter = read_adapter(place, self.card, self._where)
         return self._adapter
 
     def with_card(self, card: Card) -> Expert:
         """The same adapter under another card of the same content."""
         assert card.content == self.card.content
-        return Expert(card, self._adapter, fetch=self._fetch)
+        return Expert(card, self._adapter, fetch=self._fetch, where=self._where)
 
     def save(self, folder: str | Path) -> None:
         """Write the expert's folder, whole or not at all; it may be there only if it is empty.
@@ -112,19 +118,23 @@ def summary(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def read_adapter(folder: str | Path, card: Card) -> Adapter:
-    """The adapter in an expert's folder, as its card says. Raises Damaged, Refused, LibraryError for a mixture."""
+def read_adapter(folder: str | Path, card: Card, where: str | None = None) -> Adapter:
+    """The adapter in an expert's folder, as its card says; `where` is what messages call that folder.
+
+    Raises Damaged, Refused, LibraryError for a mixture.
+    """
     from mole.adapters import files as adapter_files
 
     if card.kind != "adapter":
         raise LibraryError(
-            f"{folder} is a {card.kind}, not an adapter: use it as the model of mole evaluate or generate"
+            f"{where or folder} is a {card.kind}, not an adapter: open it with mole.from_library, or as the model "
+            "of mole evaluate or generate"
         )
     files = folders.verified_files(folder, card)
-    adapter = adapter_files.parse(files, str(folder)).adapter
+    adapter = adapter_files.parse(files, where or str(folder)).adapter
     if summary(adapter) != card.adapter:
         wrong = [key for key, value in summary(adapter).items() if value != card.adapter[key]]  # type: ignore[index]
-        raise Damaged(f"{folder}: the card's summary does not fit the files (adapter.{wrong[0]})")
+        raise Damaged(f"{where or folder}: the card's summary does not fit the files (adapter.{wrong[0]})")
     return adapter
 
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from mole.experts import artefacts, collecting, copying, library_readme, verifying
+from mole.experts import artefacts, collecting, copying, verifying
 from mole.experts.address import open_backend
 from mole.experts.backends import Backend
 from mole.experts.backends.backend import Garbage
@@ -15,7 +15,8 @@ from mole.experts.batch import Batch, open_batch
 from mole.experts.card import Card
 from mole.experts.card_cache import CardCache
 from mole.experts.copying import Copied
-from mole.experts.errors import Conflict, ReadOnly, UnknownExpert
+from mole.experts.damage import sound_cards, way_out
+from mole.experts.errors import Conflict, Damaged, ReadOnly, UnknownExpert
 from mole.experts.expert import Expert
 from mole.experts.expert_cache import ExpertCache, Limits
 from mole.experts.filters import keep
@@ -99,10 +100,15 @@ class ExpertLibrary:
 
     def card(self, name: str, revision: str | None = None) -> Card:
         """The card of one expert, or of an old revision of it (its first 8 to 64 digits)."""
-        card, _ = self.backend.card(name, revision)
-        if revision is None:
-            self.saw(name, card)
-        return card
+        return self._located(name, revision)[1]
+
+    def _located(self, name: str, revision: str | None) -> tuple[str, Card]:
+        """The name under which a revision lies, and its card: before a rename it was another name."""
+        if revision is not None:
+            return copying.located(self.backend, name, revision)
+        card, _ = self.backend.card(name)
+        self.saw(name, card)
+        return name, card
 
     def cards(self, where: Mapping[str, Any] | None = None) -> dict[str, Card]:
         """Name → card of every expert, or of those that `where` keeps (see `filters`).
@@ -124,11 +130,12 @@ class ExpertLibrary:
 
     def get_expert(self, name: str, revision: str | None = None) -> Expert:
         """One expert: its card now, its weights, verified, when they are asked for."""
-        return self.expert_of(name, self.card(name, revision))
+        return self.expert_of(*self._located(name, revision))
 
     def expert_of(self, name: str, card: Card) -> Expert:
         """The expert whose card, read from this library before, is `card`."""
-        return Expert(card, fetch=lambda dest: self._fetched.fetch(name, dest, card))
+        where = f"{self.url}/{name}"
+        return Expert(card, fetch=lambda dest: self._fetched.fetch(name, dest, card), where=where)
 
     def check_free(self, name: str) -> None:
         """Raise LibraryError if no expert can be added under `name`: not a valid name, taken, or not to be written."""
@@ -139,6 +146,8 @@ class ExpertLibrary:
                 card = self.card(name)
             except UnknownExpert:
                 return
+            except Damaged as error:
+                raise Damaged(f"{error}; {way_out(self.url, name)}") from error
             raise self.taken(name, card.revision)
 
     def check_writable(self) -> None:
@@ -189,14 +198,17 @@ class ExpertLibrary:
         with self.batch() as batch:
             return batch.restore_expert(name, revision, expect=expect, message=message)
 
-    def remove_expert(self, name: str, *, expect: str | None = None) -> Card:
-        """Take an expert away, and what was computed from it alone. `expect` as in `update_expert`. Gives its card."""
+    def remove_expert(self, name: str, *, expect: str | None = None) -> Card | None:
+        """Take an expert away, and what was computed from it alone. `expect` as in `update_expert`.
+
+        Returns its card; None if that is damaged.
+        """
         with self.batch() as batch:
             return batch.remove_expert(name, expect=expect)
 
-    def history(self, name: str) -> list[dict[str, Any]]:
-        """The revisions of an expert, the current one first: revision, content, created, message."""
-        card = self.card(name)
+    def history(self, name: str, revision: str | None = None) -> list[dict[str, Any]]:
+        """The revisions of an expert, from the current or another one back: revision, content, created, message."""
+        card = self.card(name, revision)
         first = {key: getattr(card, key) for key in ("revision", "content", "created", "message")}
         return [first, *card.history]
 
@@ -219,19 +231,8 @@ class ExpertLibrary:
         about this library up to date. `progress` is told how many of how many experts are prepared. Returns what was
         done with each name, or with `dry_run` what would be.
         """
-        cards, problems = other.look() if names is None else other.named(names)
-        if problems:
-            raise problems[min(problems)]
-        chosen = keep(cards, where) if where else cards
-        there = copying.cards_there(self)
-        plan = copying.plan(chosen, there, on_conflict)
-        if any(step.action in copying.WRITTEN for step in plan):
-            self.check_writable()
-        if not dry_run:
-            after = {**there, **{step.name: step.card for step in plan if step.action in copying.WRITTEN}}
-            page = library_readme.page_for(self.backend, after) if readme and after != there else None
-            copying.carry_out(plan, other, self, message=message, readme=page, progress=progress)
-        return plan
+        told = {"message": message, "readme": readme, "progress": progress}
+        return copying.copy(other, self, names, where, on_conflict=on_conflict, dry_run=dry_run, **told)
 
     def named(self, names: Iterable[str]) -> tuple[dict[str, Card], dict[str, Exception]]:
         """As `look`, of the experts with these names. Raises UnknownExpert if there is none of a name."""
@@ -244,7 +245,7 @@ class ExpertLibrary:
 
     def diff(self, other: ExpertLibrary) -> list[copying.Difference]:
         """In what the two libraries differ, by name; no weights are read."""
-        return copying.differences(self.cards(), other.cards())
+        return copying.differences(sound_cards(self), sound_cards(other))
 
     def verify(self, names: Iterable[str] | None = None, *, quick: bool = False) -> Iterator[Problem | str]:
         """Check every file against its card, every card against the schema, and what else lies there.
@@ -307,11 +308,14 @@ class ExpertLibrary:
         `split=` and `config=` choose where there are several such groups. Raises LibraryError if they are needed, or if
         no expert has such a row.
         """
-        return best_of(self.cards(), task, metric, **group)
+        return best_of(sound_cards(self), task, metric, **group)
 
     def expected(self, name: str, expect: str | None) -> tuple[Card, str]:
         """The card and the version that a write has to find. Raises Conflict if another revision is there."""
-        card, version = self.backend.card(name)
+        try:
+            card, version = self.backend.card(name)
+        except Damaged as error:
+            raise Damaged(f"{error}; {way_out(self.url, name)}") from error
         wanted = expect or self._seen.get(name) or card.revision
         if len(wanted) < 8 or not card.revision.startswith(wanted):
             raise Conflict(

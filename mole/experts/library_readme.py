@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mole.experts.backends import Backend, LocalBackend
 from mole.experts.card import Card
+from mole.experts.damage import sound_cards
 from mole.experts.errors import LibraryError, NoLibrary
 from mole.experts.readme import escaped
 from mole.experts.schema import README_FILE
@@ -68,7 +69,7 @@ def write_page(library: ExpertLibrary, *, dry_run: bool = False) -> str:
 
     Raises LibraryError for a library elsewhere: nobody would see the page.
     """
-    backend, cards = library.backend, library.cards()
+    backend, cards = library.backend, sound_cards(library)
     if isinstance(backend, LocalBackend):
         file = backend.root / README_FILE
         before = read_file(file, _MAX_BYTES).decode("utf-8", "replace") if file.exists() else None

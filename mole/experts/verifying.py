@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mole.experts.backends import Backend
+from mole.experts.damage import way_out
 from mole.experts.errors import LibraryError, UnknownExpert
 from mole.experts.expert import read_adapter
 from mole.registry import unknown
@@ -44,7 +45,7 @@ def _verified(backend: Backend, name: str, quick: bool) -> Problem | str:
                 backend.fetch(name, Path(place))
                 read_adapter(place, card)
     except LibraryError as error:
-        return Problem(name, str(error))
+        return Problem(name, f"{error}; {way_out(backend.url, name)}")
     except OSError as error:
         return Problem(name, f"cannot be read: {error.strerror or error}")
     return name

@@ -7,17 +7,18 @@ from typing import Any
 from torch import Tensor
 
 from mole.routing import Frame
-from mole.routing.losses import labels_of, routing_losses
+from mole.routing.losses import labels_of, routing_losses, tokens_of
 
 
 def add_losses(model: Any, output: Any, frame: Frame, labels: Tensor | None) -> None:
     """Gives `output` its `auxiliary_loss` and `auxiliary_losses`: in training with experts, where there are any."""
     if not model.training or not frame.experts_enabled or not (model.losses or frame.penalties):
         return
-    tasks, mask = frame.inputs.task_names, frame.inputs.attention_mask
-    labels = labels_of(tasks, model.shape.expert_tasks) if labels is None else labels
+    inputs, options = frame.inputs, dict(model.loss_options)
+    mask = tokens_of(options.pop("on", "valid"), inputs.attention_mask, inputs.prompt_mask)
+    labels = labels_of(inputs.task_names, model.shape.expert_tasks) if labels is None else labels
     seen = frame.seen.values()
-    found = routing_losses(model.losses, seen, mask, labels, **model.loss_options) if model.losses else {}
+    found = routing_losses(model.losses, seen, mask, labels, **options) if model.losses else {}
     total = sum(model.losses[name] * loss for name, loss in found.items())
     for (name, _), penalty in frame.penalties.items():
         found[name] = found.get(name, 0.0) + penalty.to(model.device)

@@ -175,6 +175,13 @@ def experts_in(folder: str | Path) -> dict[str, tuple[Origin, dict[str, bytes]]]
     return found
 
 
+def router_name(folder: str | Path) -> str:
+    """The registry name of the router of the mixture in `folder`."""
+    folder = Path(folder)
+    _, files = read_checked(folder)
+    return _router_config(_described(files[MIXTURE], f"{folder / MIXTURE}").router, folder).name
+
+
 def origins_of(folder: str | Path) -> dict[str, Origin]:
     """Expert name → origin, of the mixture in `folder`."""
     folder = Path(folder)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mole.mixtures.keeping import kept
@@ -13,8 +15,32 @@ from mole.mixtures.placing import batch_rows, placed
 from mole.mixtures.two_pass import encoder_decoder, gate_reuse
 from mole.mixtures.two_pass.cache import TwoStreamCache
 from mole.mixtures.two_pass.routing_pass import check_dropout, constant_frame, last_hidden_state
+from mole.registry import unknown
 from mole.routers import Router
-from mole.routing import Frame
+from mole.routing import Frame, Routing
+from mole.routing.routing import EMPTY
+
+
+def given_routing(model: Any, weights: Mapping[str, float] | Routing) -> Routing:
+    """A routing that a caller hands in: name → weight (others 0), or data.
+
+    Raises ValueError for experts that the mixture does not have.
+    """
+    names = model.expert_names
+    if not isinstance(weights, Routing):
+        for name in weights:
+            if name not in names:
+                raise ValueError(unknown("expert", name, names))
+        row = [float(weights.get(name, 0.0)) for name in names]
+        return Routing(torch.tensor(row, device=model.device).view(1, 1, -1))
+    known = f"the mixture has {len(names)} ({', '.join(names)})"
+    if weights.expert_ids is None and weights.weights.shape[-1] != len(names):
+        raise ValueError(f"routing: weights of {weights.weights.shape[-1]} experts, and {known}; or give expert_ids")
+    if weights.expert_ids is not None and not torch.compiler.is_compiling():
+        odd = [i for i in weights.expert_ids.unique().tolist() if not EMPTY <= i < len(names)]
+        if odd:
+            raise ValueError(f"routing: no expert has the id {', '.join(map(str, odd))}: {known}; {EMPTY} is no expert")
+    return weights
 
 
 def route(model: Any, frame: Frame, inputs: dict[str, Any]) -> TwoStreamCache | None:

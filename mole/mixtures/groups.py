@@ -1,4 +1,4 @@
-"""Which mixed modules share one router of the layers: each its own, those of a block, or those of a named group."""
+"""Which mixed modules share one router of the layers: each its own, those of a block, of a named group, or all."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ def groups_of(sites: Sequence[str], config: Any) -> dict[str, tuple[str, ...]]:
     Raises ValueError for sites that belong to no group, and for more groups than sites.
     """
     scope = getattr(config, "scope", "layer")
+    if scope == "model":
+        return {"model": tuple(sites)}
     if scope == "group" and config.num_groups is not None:
         return _runs(sites, config.num_groups)
     keys = {site: site for site in sites}

@@ -21,7 +21,7 @@ from mole.backbones.modules import device_of
 from mole.mixtures import checkpointing, trainable
 from mole.mixtures.auxiliary_losses import add_losses, as_tuple
 from mole.mixtures.forward_inputs import check_standing, check_supervision, inputs_of, wants_tuple
-from mole.mixtures.forward_routing import route
+from mole.mixtures.forward_routing import given_routing, route
 from mole.mixtures.generation import Generation
 from mole.mixtures.listening import Listener, Observer, report
 from mole.mixtures.output_mixture import closing
@@ -72,7 +72,7 @@ class MultiExpertModel(nn.Module, Generation):
         self.listeners: list[Listener] = []
         self.observers: list[Observer] = []
         self.losses: dict[str, float] = {}  # of the routing, in training: name → coefficient
-        self.loss_options: dict[str, Any] = {}  # over and free_bits of `routing_losses`
+        self.loss_options: dict[str, Any] = {}  # over and free_bits of `routing_losses`, on of `tokens_of`
         self.hidden_store: HiddenStore | None = None  # keeps the routing pass of training examples, if set
         self.speculation: SpeculationReport | None = None  # of the last `generate` with self_speculation
         self.options = MixtureOptions(
@@ -185,6 +185,7 @@ class MultiExpertModel(nn.Module, Generation):
         segment_ids: Tensor | None = None,
         expert_labels: Tensor | None = None,
         labels: Tensor | None = None,
+        routing: Mapping[str, float] | Routing | None = None,
         **kwargs: Any,
     ) -> Any:
         """The backbone's forward with the mixtures at work: its inputs, its output.
@@ -195,7 +196,8 @@ class MultiExpertModel(nn.Module, Generation):
         `position_ids`, which are made where they are missing. With a router that needs a routing pass,
         `past_key_values` of the output is a `TwoStreamCache`. In training, `losses` (name → coefficient) gives the
         output `auxiliary_loss`, their weighted sum, and `auxiliary_losses`, each by name; `expert_labels` (int64 [B] or
-        [B, T], -100: none; of packed rows one for each sample) tells the right experts, else the tasks do.
+        [B, T], -100: none; of packed rows one for each sample) tells the right experts, else the tasks do. `routing` is
+        spent in the place of the router's, as in `fixed_routing`.
         """
         check_standing(self)
         check_supervision(self, expert_labels)
@@ -217,6 +219,7 @@ class MultiExpertModel(nn.Module, Generation):
         seen = seen if packing is None else packed_inputs(seen, packing)
         goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0
         frame = replace(self.new_frame(seen), goes_on=goes_on, logits_to_keep=logits_to_keep, packing=packing)
+        frame.fixed = frame.fixed if routing is None else given_routing(self, routing)
         recording, phase = frame.recording, self.phase(past_key_values, frame)
         with self.context.push(frame):
             pair = route(self, frame, inputs)
@@ -268,13 +271,7 @@ class MultiExpertModel(nn.Module, Generation):
     @contextmanager
     def fixed_routing(self, weights: Mapping[str, float] | Routing) -> Iterator[None]:
         """Every layer spends this routing inside the body, whatever the router: name → weight (others 0), or data."""
-        if not isinstance(weights, Routing):
-            for name in weights:
-                if name not in self.expert_names:
-                    raise ValueError(unknown("expert", name, self.expert_names))
-            row = [float(weights.get(name, 0.0)) for name in self.expert_names]
-            weights = Routing(torch.tensor(row, device=self.device).view(1, 1, -1))
-        with self.context.push(replace(self.context.current or Frame(), fixed=weights)):
+        with self.context.push(replace(self.context.current or Frame(), fixed=given_routing(self, weights))):
             yield
 
     @contextmanager
@@ -296,6 +293,12 @@ class MultiExpertModel(nn.Module, Generation):
             yield
 
     # ---- training
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ValueError(
+            "nn.DataParallel copies a model for each device into a thread, and layers of such copies find no routing: "
+            "use one process per device, as mole's launcher, Accelerate or DistributedDataParallel do"
+        )
+
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, **options: Any
     ) -> None:

@@ -13,6 +13,7 @@ from mole.adapters import Adapter
 from mole.backbones import Backbone
 from mole.experts import Card, Expert, ExpertLibrary, LibraryError, check_backbone, load_expert
 from mole.experts.address import split_expert
+from mole.experts.damage import sound_cards
 from mole.experts.folder import has_card, read_card
 from mole.mixtures.exploding import exploded, parent_of
 from mole.mixtures.files import Origin, load_mixture
@@ -21,6 +22,7 @@ from mole.registry import unknown
 from mole.routers import UniformConfig
 
 logger = logging.getLogger(__name__)
+BLOCKS = "moe.json"  # as mole.moe.save writes it
 
 
 def open_model(place: str, backbone: Backbone, *, allow_other_backbone: bool = False) -> MultiExpertModel:
@@ -35,8 +37,8 @@ def open_model(place: str, backbone: Backbone, *, allow_other_backbone: bool = F
         home = mixture.parent  # of a mixture that lies in a library, which has the experts that it refers to
         find = partial(referred, ExpertLibrary.open(str(home))) if (home / ".mole").is_dir() else None
         return load_mixture(mixture, backbone, allow_other_backbone=allow_other_backbone, find=find)
-    if (library := _library_at(place)) is not None:
-        experts = experts_of(library, [name for name, card in library.cards().items() if card.kind == "adapter"])
+    if (library := library_at(place)) is not None:
+        experts = experts_of(library, [name for name, card in sound_cards(library).items() if card.kind == "adapter"])
     else:
         expert = load_expert(place)
         if expert.card.kind == "mixture":
@@ -58,8 +60,8 @@ def cards_at(place: str) -> dict[str, Card]:
     folder = Path(place).expanduser()
     if (mixture := _mixture_in(folder)) is not None:
         return {folder.name: read_card(mixture)}
-    if (library := _library_at(place)) is not None:
-        return {name: card for name, card in library.cards().items() if card.kind == "adapter"}
+    if (library := library_at(place)) is not None:
+        return {name: card for name, card in sound_cards(library).items() if card.kind == "adapter"}
     return {folder.name: load_expert(place).card}
 
 
@@ -88,7 +90,7 @@ def referred(library: ExpertLibrary, origin: Origin) -> Adapter:
     """
     where = library if origin.library is None else ExpertLibrary.open(origin.library)
     name = parent_of(origin.name)
-    cards = where.cards()
+    cards = where.look()[0]
     same = [known for known in (name, *cards) if known in cards and cards[known].content == origin.content]
     if same:
         return where.get_expert(same[0]).adapter
@@ -110,8 +112,19 @@ def mixture_folder(place: str) -> Path:
     """The folder of the mixture at `place`, a run or that folder itself. Raises ValueError if there is none."""
     folder = Path(place).expanduser()
     if (found := _mixture_in(folder)) is None:
+        if (blocks := blocks_in(place)) is not None:
+            raise ValueError(
+                f"{blocks} holds the blocks that mole moefy made of a backbone's own modules, which are no adapters "
+                f"and no expert: mole evaluate and mole generate open them with model={place}, Python by mole.moe.load"
+            )
         raise ValueError(f"no mixture in {place}: give the folder of a run that built one, or its mixture/")
     return found
+
+
+def blocks_in(place: str) -> Path | None:
+    """The folder with the blocks of a run of `mole moefy`, or that folder itself; None where there are none."""
+    folder = Path(place).expanduser()
+    return next((one for one in (folder / "mixture", folder) if (one / BLOCKS).is_file()), None)
 
 
 def _mixture_in(folder: Path) -> Path | None:
@@ -128,7 +141,7 @@ def experts_of(library: ExpertLibrary, names: Iterable[str] | None) -> dict[str,
     Raises ValueError for an empty library, and for a name that it does not have.
     """
     if names is None:
-        adapters = {name: card for name, card in library.cards().items() if card.kind == "adapter"}
+        adapters = {name: card for name, card in sound_cards(library).items() if card.kind == "adapter"}
         wanted = [name for name, card in adapters.items() if not card.is_merged]
         if merged := [name for name, card in adapters.items() if card.is_merged]:
             logger.info("left out, as merged themselves: %s; experts=[…] takes them in", ", ".join(merged))
@@ -191,7 +204,7 @@ def pinned(experts: dict[str, Expert], library: str | None) -> dict[str, Origin]
     }
 
 
-def _library_at(place: str) -> ExpertLibrary | None:
+def library_at(place: str) -> ExpertLibrary | None:
     """The library at an address; None where there is none, or an expert. Raises Unreachable."""
     if "://" in place:
         try:

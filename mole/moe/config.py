@@ -1,4 +1,4 @@
-"""What a block is made of: its configuration, MoEfy's flat arguments that map onto it, and what cannot go together.
+"""What a block is made of: its configuration, and what cannot go together.
 
 Every violation is gathered and raised as one ValueError that gives the field, its value and what is valid.
 """
@@ -6,7 +6,7 @@ Every violation is gathered and raised as one ValueError that gives the field, i
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,7 @@ NULL_RATE = "null_rate"
 COEFFICIENT = 0.01
 OWN_LOSSES = tuple(name for name in LOSSES if name != "expert_label")  # a block knows no tasks
 LEARNED = ("top_k", "expert_choice")  # routers that score experts, and may do so noisily
+_OWNED = (("slots", 1, "soft"), ("residual", "outside", "depth"), ("softmax_over", "experts", "expert_choice"))
 AHEAD = ("expert_choice", "soft")  # a token's output depends on later ones
 
 
@@ -145,6 +146,11 @@ def _selection(config: MoEConfig) -> list[str]:
     limited = config.capacity.factor is not None or config.capacity.eval_factor is not None
     if limited and router.name in ("expert_choice", "soft", "depth"):
         found.append(f"capacity.factor: router.name={router.name} drops nothing, leave it at null")
+    for name, usual, owner in _OWNED:
+        if getattr(router, name) != usual and router.name != owner:
+            found.append(f"router.{name}={getattr(router, name)} is of router.name={owner}, not {router.name}")
+    if router.proj_dim != 256 and router.score != "cosine":
+        found.append(f"router.proj_dim={router.proj_dim} is of router.score=cosine, not {router.score}")
     if config.expert_dropout and router.name not in LEARNED:
         found.append(f"expert_dropout={config.expert_dropout:g}: router.name={router.name} cannot bar experts, use 0")
     return found
@@ -252,38 +258,3 @@ def losses_of(config: MoEConfig, experts: int) -> dict[str, float]:
     if config.router.name == "top_k" and config.k < experts + len(config.null_experts):
         names.append("load_cv2")
     return dict.fromkeys(names, COEFFICIENT)
-
-
-_CRITERIA: dict[Any, dict[str, float]] = {
-    None: {},
-    "entropy": {"balance_entropy": COEFFICIENT},
-    "load_balance": {"load_balance": COEFFICIENT},
-}
-_FLAT = ("k", "aggregation", "route", "layer_id", "contract", "backend", "init_noise", "num_experts")
-
-
-def from_flat(given: dict[str, Any]) -> MoEConfig:
-    """The configuration that MoEfy's flat arguments mean.
-
-    Raises ValueError for a criterion or noise that is not known, and for what cannot go together.
-    """
-    top = {name: given[name] for name in _FLAT if name in given}
-    router: dict[str, Any] = {"name": "expert_choice"} if given.get("expert_choice") else {}
-    if given.get("hole"):
-        top["null_experts"] = ("zero",)
-    if "noise" in given:
-        noises = ("gumbel", "simple", "gaussian", "normal", "jitter", "learned")
-        if given["noise"] is not None and given["noise"] not in noises:
-            raise ValueError(unknown("noise", str(given["noise"]), noises))
-        router["noise"] = "learned" if given["noise"] == "gaussian" else given["noise"]
-    noise = router.get("noise", "learned")
-    if "aux_criterion" in given:
-        criterion = given["aux_criterion"]
-        if criterion == "prob":
-            if noise not in ("learned", "normal"):
-                raise ValueError(f"aux_criterion='prob' needs noise='gaussian' or 'normal', got {given['noise']!r}")
-        elif criterion not in _CRITERIA:
-            raise ValueError(unknown("aux_criterion", str(criterion), ["None", "prob", *filter(None, _CRITERIA)]))
-        else:
-            router["losses"] = dict(_CRITERIA[criterion])
-    return MoEConfig(**top, router=MoERouterConfig(**router))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -49,6 +50,16 @@ class MoEModel(nn.Module):
         """The dense model's configuration."""
         return self.model.config
 
+    @property
+    def generation_config(self) -> Any:
+        """The dense model's settings of generation."""
+        return self.model.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
     def set_trainable(self, train: str) -> None:
         """router, experts or all of both get gradients; what lies outside the blocks gets none."""
         assert train in TRAINS
@@ -73,25 +84,39 @@ class MoEModel(nn.Module):
         if use_cache is not None:
             kwargs["use_cache"] = use_cache
         output = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        if self.listeners or self.observers:
-            inputs = RoutingInputs(
-                task_names=None if task_names is None else tuple(task_names),
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-            )
-            phase = "train" if self.training else "eval"
-            tell(
-                Frame(inputs=inputs, seen=self._seen),
-                phase,
-                self.sites,
-                len(self.expert_names),
-                self.listeners,
-                self.observers,
-            )
-        self._seen = {}
+        self._tell(input_ids, attention_mask, task_names, "train" if self.training else "eval")
         if self.training:
             output.auxiliary_loss, output.auxiliary_losses = aux_loss(self.model), self._losses()
         return output
+
+    def generate(
+        self, *args: Any, task_names: Any = None, texts: Any = None, self_speculation: bool = False, **kwargs: Any
+    ) -> Any:
+        """The model's own `generate`, whose forwards listeners are told of too. `texts` are for routers of adapters.
+
+        Raises ValueError for self-speculation, which needs a routing pass.
+        """
+        if self_speculation:
+            raise ValueError("self_speculation drafts with a routing pass, and blocks have none: leave it out")
+        phases = chain(["prefill"], repeat("decode"))
+
+        def told(model: nn.Module, given: Any, named: dict[str, Any], output: Any) -> None:
+            self._tell(named.get("input_ids"), named.get("attention_mask"), task_names, next(phases))
+
+        handle = self.model.register_forward_hook(told, with_kwargs=True)
+        try:
+            return self.model.generate(*args, **kwargs)
+        finally:
+            handle.remove()
+
+    def _tell(self, input_ids: Tensor | None, attention_mask: Tensor | None, task_names: Any, phase: str) -> None:
+        """Tells who listens of the routings that the blocks noted in this forward."""
+        seen, self._seen = self._seen, {}
+        if self.listeners or self.observers:
+            names = None if task_names is None else tuple(task_names)
+            inputs = RoutingInputs(task_names=names, input_ids=input_ids, attention_mask=attention_mask)
+            frame = Frame(inputs=inputs, seen=seen)
+            tell(frame, phase, self.sites, len(self.expert_names), self.listeners, self.observers)
 
     def _losses(self) -> dict[str, Tensor]:
         """Each loss by name, without its coefficient: the mean over the blocks that have it."""

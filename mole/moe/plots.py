@@ -154,7 +154,7 @@ def draw_totals(
     experts = len(counts)
     each = 1.0 if experts <= 10 else 0.75 if experts <= 16 else 0.42
     width = max(3.6, each * experts)
-    figure = new_figure(width + 1.0, 3.9)
+    figure = new_figure(width + 1.25, 3.9)
     axes = panel(figure, 0.75, 0.75, width, 2.3)
     bars = axes.bar(np.arange(experts), counts, width=0.8, color=palette(experts, nulls), linewidth=0)
     total = max(float(counts.sum()), 1e-9)

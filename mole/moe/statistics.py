@@ -24,6 +24,7 @@ from mole.moe.block import MoEBlock
 from mole.registry import unknown
 from mole.routing import Routing
 
+SLOTTED = ("top_k", "hash", "round_robin")  # routers that give every token k slots, of which some may be dropped
 KEEPS = ("counts", "ids", "weights")
 Labels = Tensor | Sequence[Any]
 
@@ -176,7 +177,7 @@ def counted(
     marks = functional.one_hot(ids + 1, columns + 1)[..., 1:].sum(2)  # [B, T, E'], how often each was chosen
     stats.tokens = int(valid.sum())
     stats.loads_at = marks.sum(0).T.contiguous()
-    if block.config.router.name == "top_k":
+    if block.config.router.name in SLOTTED:
         stats.slots = stats.tokens * ids.shape[-1]
         stats.drops = stats.slots - int(marks.sum())
     else:

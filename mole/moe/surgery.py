@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from mole.backbones.modules import device_of, reads_left_to_right, replace_module
 from mole.moe.block import MoEBlock
-from mole.moe.config import MoEConfig, from_flat
+from mole.moe.config import MoEConfig
 from mole.moe.experts import upcycled
+from mole.moe.flat import changed, from_flat
 from mole.moe.forwards import RootForward
 from mole.moe.report import SurgeryReport, WrappedRow
 from mole.moe.targets import Pattern, Target, check_calls, find_targets, told, width_of
@@ -69,15 +70,16 @@ def moefy(
     `pattern`: a regular expression for the whole name, several of them, or a predicate (name, module). `init`: `copy`
     (expert 0 is the module itself, the others are copies with w + init_noise·std(w)·N(0, 1)), `fresh` (all start
     anew), or other models, whose modules of the same names become the experts beside it. `num_experts` is needed but
-    for the last. `config`, or `options` (k, aggregation, noise … as of MoEBlock; `aggregation` is `mean` here), says
-    how the blocks route. `seed` starts the noise and the routers. `keep_original` sets the modules themselves aside,
-    for `unmoefy` after training.
+    for the last. `config`, or `options` (k, noise, hole … as of MoEBlock, and every field of MoEConfig and its router
+    by its name; `aggregation` is `mean` here), says how the blocks route. `seed` starts the noise and the routers.
+    `keep_original` sets the modules themselves aside, for `unmoefy` after training.
 
     Raises ValueError, with nothing changed, for a pattern that matches nothing or blocks inside blocks, a module that
     does not take one tensor and give one, and for settings that do not fit.
     """
     targets = find_targets(model, pattern, MoEBlock)
-    count = _count(num_experts, init, config)
+    shared = options.get("shared_experts", 0) if config is None else config.shared_experts
+    count = _count(num_experts, init, config, shared if isinstance(shared, int) else 0)
     config = _settings(config, options, count, causal=reads_left_to_right(model))
     made: list[Wrapped] = []
     for index, target in enumerate(targets):
@@ -164,8 +166,8 @@ def blocks_of(model: nn.Module) -> dict[str, MoEBlock]:
 
 
 # ---- the parts
-def _count(num_experts: int | None, init: str | Sequence[nn.Module], config: MoEConfig | None) -> int:
-    shared = config.shared_experts if config is not None else 0
+def _count(num_experts: int | None, init: str | Sequence[nn.Module], config: MoEConfig | None, shared: int) -> int:
+    """How many experts are chosen from; of other models' modules `shared` are set aside."""
     if not isinstance(init, str):
         count = len(init) + 1 - shared
         if num_experts not in (None, count):
@@ -187,11 +189,8 @@ def _settings(config: MoEConfig | None, options: dict[str, Any], count: int, *, 
     if config is not None and options:
         raise ValueError(f"config and {', '.join(sorted(options))} are both given: put all of it into config")
     if config is None:
-        unlike = [name for name in ("router", "capacity") if name in options]
-        if unlike:
-            raise ValueError(f"{', '.join(unlike)}: give a whole MoEConfig as config")
-        config = from_flat({"aggregation": "mean", **options})
-    return replace(config, num_experts=count, causal=config.causal or causal)
+        config = from_flat({"aggregation": "mean", **options}, count)
+    return changed(config, num_experts=count, causal=config.causal or causal)
 
 
 def _experts(

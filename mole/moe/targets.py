@@ -35,9 +35,10 @@ def find_targets(model: nn.Module, pattern: Pattern, taken: type) -> list[Target
 
     `pattern` is a regular expression for the whole name, several of them, or a predicate (name, module). Raises
     ValueError if it matches nothing, if one match lies inside another, or if a match is, holds or lies in a block of
-    the class `taken`.
+    the class `taken`, and for what is no regular expression.
     """
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    _check_expressions(pattern)
     found = {name: module for name, module in modules.items() if _matches(pattern, name, module)}
     if not found:
         raise ValueError(_nothing(pattern, modules))
@@ -69,6 +70,17 @@ def told(pattern: Pattern) -> str:
     if isinstance(pattern, str):
         return repr(pattern)
     return repr(pattern.pattern) if isinstance(pattern, re.Pattern) else repr(list(pattern))
+
+
+def _check_expressions(pattern: Pattern) -> None:
+    """Raises ValueError for a text that is no regular expression."""
+    for text in () if callable(pattern) else (pattern,) if isinstance(pattern, str | re.Pattern) else pattern:
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise ValueError(
+                f"pattern {told(text)} is no regular expression ({error}): .* is any characters, \\. a dot"
+            ) from None
 
 
 def _matches(pattern: Pattern, name: str, module: nn.Module) -> bool:

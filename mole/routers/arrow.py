@@ -53,6 +53,7 @@ class LowRankRouter(PrototypeRouter):
     """
 
     needs = frozenset({"experts"})
+    signless = True
     sigma: Tensor
     generals: Tensor
     _scored: Tensor

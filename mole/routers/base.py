@@ -34,12 +34,12 @@ class Placing:
     """Which modules share one router; fields of the configs of routers that read a module's input.
 
     `scope` layer: each module its own; block: the modules of one repeated block of the backbone; group: those with
-    equal captures of the regular expression `group_by`, or `num_groups` runs of neighbours. The first module of a
-    group routes, the others reuse its routing. `rest` modules that `group_by` does not match: an error, or each its
-    own router.
+    equal captures of the regular expression `group_by`, or `num_groups` runs of neighbours; model: all of them. The
+    first module of a group routes, the others reuse its routing. `rest` modules that `group_by` does not match: an
+    error, or each its own router.
     """
 
-    scope: Literal["layer", "block", "group"] = "layer"
+    scope: Literal["layer", "block", "group", "model"] = "layer"
     group_by: str | None = None
     num_groups: Annotated[int, Field(ge=1)] | None = None
     rest: Literal["error", "layer"] = "error"
@@ -149,6 +149,9 @@ class Router(nn.Module):
     def check_state(self) -> None:
         """Raises ValueError if a state was loaded that no router of this config over these experts has."""
 
+    def check_tasks(self, tasks: Sequence[str], *, training: bool) -> None:
+        """Raises ValueError, with the way out, for a task of which it could route no example, in training or not."""
+
     def own_statistics(self) -> dict[str, Any]:
         """What it says of itself at every logged step, beside what its routings show: a number, or {name: number}."""
         return {}
@@ -176,11 +179,13 @@ class Router(nn.Module):
         mine, theirs = self.state_dict(), old.state_dict()
         with torch.no_grad():
             for name, tensor in mine.items():
+                if name not in theirs:  # of a setting that the old one was without
+                    continue
                 if name in self.expert_axes:
                     axis = self.expert_axes[name]
                     for to, source in pairs:
                         tensor.select(axis, to).copy_(theirs[name].select(axis, source))
-                elif name in theirs and theirs[name].shape == tensor.shape:
+                elif theirs[name].shape == tensor.shape:
                     tensor.copy_(theirs[name])
 
 

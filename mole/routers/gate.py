@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mole.registry import ROUTERS, config_dataclass, unknown
 from mole.routers.base import Combining, Learning, MixtureShape, Placing, Router, dropped
@@ -67,7 +68,7 @@ class GateRouter(Router):
         assert x is not None
         with without_autocast(x):
             v = at_least_float32(self.v)
-            logits = x.to(v.dtype) @ v.T
+            logits = F.linear(x.to(v.dtype), v)
             weights = torch.sigmoid(dropped(logits, self.config.expert_dropout, self.training))
         if self.config.only is None:
             return Routing(weights, logits=logits)

@@ -8,7 +8,7 @@ Caccia et al. 2022, arXiv 2211.03831.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -112,17 +112,22 @@ class PolyRouter(Router):
         texts = frame.need("texts", "poly") if nearest else None
         places = {task: row for row, task in enumerate(self.tasks)}
         rows = [places.get(name, -1) for name in names]
-        for name, row in zip(names, rows, strict=True):
-            if row < 0 and (self.training or self.config.unknown == "error"):
-                raise ValueError(
-                    f"router=poly: {unknown('task', name, self.tasks)}; add it to router.task_names"
-                    + ("" if self.training else ", or set router.unknown to uniform or nearest")
-                )
+        self.check_tasks(names, training=self.training)
         if nearest:
             rows = self._with_nearest(rows, texts, frame)
         known = torch.tensor(rows, device=self.table.device)
         table = at_least_float32(self.table)
         return table[known.clamp_min(0)] * (known >= 0)[:, None, None]
+
+    def check_tasks(self, tasks: Sequence[str], *, training: bool) -> None:
+        strange = list(dict.fromkeys(task for task in tasks if task not in self.tasks))
+        if not strange or not (training or self.config.unknown == "error"):
+            return
+        raise ValueError(
+            f"router=poly: {unknown('task', strange[0], self.tasks)}; each task that trains has a row: set "
+            f"router.task_names=[{','.join([*self.tasks, *strange])}]"
+            + ("" if training else ", or router.unknown to uniform or nearest")
+        )
 
     def _with_nearest(self, rows: list[int], texts: Any, frame: Frame) -> list[int]:
         """`rows`, with the row of the most similar task where it is −1; training remembers what its tasks read."""
@@ -152,21 +157,30 @@ class PolyRouter(Router):
                     self.text_sums[row] = old.text_sums[before]
 
     def own_statistics(self) -> dict[str, Any]:
-        """How far tasks have made up their minds, by task, and the means over them: see `skills`."""
+        """How far tasks have made up their minds, by task, and over all: means, effective skills of the mean u."""
         found: dict[str, Any] = {}
         for name, values in self.skills().items():
             found[name] = float(values.mean())
             found[f"tasks/{name}"] = dict(zip(self.tasks, values.tolist(), strict=True))
+        found["effective_skills"] = float(_effective(self._u().mean((0, 1))))
         return found
+
+    def _u(self) -> Tensor:
+        return torch.sigmoid(at_least_float32(self.table.detach()))
 
     def skills(self) -> dict[str, Tensor]:
         """How far tasks have made up their minds, each [tasks]: means over blocks, of the u without noise.
 
         discreteness: mean entropy of u as a coin, 0 (decided) … 1 in units of ln 2; sparsity: share of u above ½;
-        effective_skills: exp of the entropy of w.
+        effective_skills: exp of the entropy of the mean u, as shares.
         """
-        u = torch.sigmoid(at_least_float32(self.table.detach()))
+        u = self._u()
         entropy = -(torch.xlogy(u, u) + torch.xlogy(1 - u, 1 - u)).mean((1, 2)) / math.log(2)
-        w = u / (u.sum(-1, keepdim=True) + SMALLEST_SUM)
-        effective = (-torch.xlogy(w, w).sum(-1)).exp().mean(-1)
+        effective = _effective(u.mean(1))
         return {"discreteness": entropy, "sparsity": (u > 0.5).float().mean((1, 2)), "effective_skills": effective}
+
+
+def _effective(u: Tensor) -> Tensor:
+    """`u` [.., E] → how many experts share it: exp of its entropy as shares."""
+    w = u / (u.sum(-1, keepdim=True) + SMALLEST_SUM)
+    return (-torch.xlogy(w, w).sum(-1)).exp()

@@ -67,6 +67,7 @@ class PrototypeRouter(Router):
     """`prototypes` [E, d] and which experts have one here, `present` bool [E]; the others are never chosen."""
 
     scope = "layer"
+    signless: ClassVar[bool] = False  # singular vectors, say, whose sign means nothing
     expert_axes: ClassVar[Mapping[str, int]] = {"prototypes": 0, "present": 0}
     prototypes: Tensor
     present: Tensor
@@ -103,8 +104,9 @@ class PrototypeRouter(Router):
         return found.abs() if kind.startswith("abs_") else found
 
     def angles(self, x: Tensor) -> Tensor:
-        """`x` [B, T, d] → cosines with the prototypes [B, T, E]; 0 for an expert without one."""
-        return normed(x.to(self._v().dtype), "unit") @ normed(self._v(), "unit").T
+        """`x` [B, T, d] → cosines with the prototypes [B, T, E], sizes alone where `signless`; 0 without one."""
+        cosines = normed(x.to(self._v().dtype), "unit") @ normed(self._v(), "unit").T
+        return cosines.abs() if self.signless else cosines
 
     def _v(self) -> Tensor:
         return at_least_float32(self.prototypes)

@@ -1,5 +1,6 @@
 """Task router: each example goes to the expert whose card lists its task. No parameters; the oracle of a comparison."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -71,6 +72,10 @@ class TaskRouter(Router):
         if policy == "uniform":
             return self._row(list(range(self.shape.num_experts)))
         return self._row([self.shape.expert_names.index(self.config.default_expert)])
+
+    def check_tasks(self, tasks: Sequence[str], *, training: bool) -> None:
+        for task in tasks:
+            self._weights(task)
 
     def forward(self, x: Tensor | None, frame: Frame) -> Routing:
         """→ weights per example [B, 1, E]."""

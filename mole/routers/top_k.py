@@ -153,6 +153,7 @@ class TopKRouter(Router):
         if noise in (None, "jitter"):
             return logits, None
         size = F.softplus(self.noise(x)) if noise == "learned" else logits.new_tensor(1 / self.shape.num_experts)
+        size = size / self.config.temperature  # it is added to z
         return logits + torch.randn_like(logits) * size, (logits, size)
 
     def _noise_temperature(self, frame: Frame) -> Tensor:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mole.registry import ROUTERS, config_dataclass
-from mole.routers.base import MixtureShape, Router
+from mole.routers.base import Combining, Learning, MixtureShape, Router, dropped
 from mole.routers.selection import largest
 from mole.routing import Frame, Routing
 
@@ -24,7 +24,7 @@ BUILT_IN = ("depth", "size", "bias", "relu_and_dropout", "layerwise", "dtype")
 
 
 @config_dataclass
-class XLoraConfig:
+class XLoraConfig(Combining, Learning):
     """X-LoRA's options under the field names that all routers share."""
 
     name: Literal["xlora"] = "xlora"
@@ -52,6 +52,11 @@ class XLoraConfig:
         if self.top_k_softmax and self.softmax:
             problems.append(
                 "router.top_k_softmax=true is the softmax over the experts selected: set router.softmax=false"
+            )
+        if self.expert_dropout and not self.softmax:
+            problems.append(
+                "router.expert_dropout gives what an expert left out had to the others, which nothing does without a "
+                "softmax over them: set router.softmax=true, or router.expert_dropout=0"
             )
         if problems:
             raise ValueError("; ".join(problems))
@@ -190,7 +195,7 @@ class XLoraRouter(Router):
     def forward(self, x: Tensor | None, frame: Frame) -> tuple[Routing, ...]:
         """→ L routings [B, T, E or K], one object L times if the layers share it."""
         predicted = self.predictions(frame.need("hidden_states", "xlora"))
-        scalings = self._activated(predicted)
+        scalings = self._activated(dropped(predicted, self.config.expert_dropout, self.training))
         gates, ids = self.gates(scalings)
         self.latest = Predicted(scalings.detach(), gates.detach(), ids)
         # One unbind: L separate selects would make the backward allocate L full-size zero tensors.

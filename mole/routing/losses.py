@@ -122,6 +122,7 @@ def _expert_label(o: Observed) -> Tensor:
 
 
 Over = Literal["microbatch", "sequence"]
+On = Literal["valid", "prompt", "target"]
 
 LOSSES: dict[str, Callable[[Observed], Tensor]] = {
     "load_balance": _load_balance,
@@ -146,6 +147,19 @@ def check_losses(coefficients: Mapping[str, Any]) -> None:
             raise ValueError(unknown("losses: loss", name, LOSSES))
 
 
+def tokens_of(on: On, mask: Tensor | None, prompt: Tensor | None) -> Tensor | None:
+    """Which tokens count, [B, T], 1 or true at them: the valid ones of `mask`, or those of the `prompt` or behind it.
+
+    Raises ValueError where it is not known what the prompts are.
+    """
+    if on == "valid":
+        return mask
+    if prompt is None:
+        raise ValueError(f"losses on the tokens of {on}s need the prompts: pass prompt_mask=… to the model")
+    wanted = prompt.bool() if on == "prompt" else ~prompt.bool()
+    return wanted if mask is None else wanted & mask.bool()
+
+
 def routing_losses(
     names: Iterable[str],
     routings: Iterable[Routing],
@@ -167,6 +181,8 @@ def routing_losses(
 
 def loss_value(name: str, observed: Observed, over: Over, free_bits: float = 0.0) -> Tensor:
     """One loss over the whole micro-batch, or its mean over sequences, weighted by their tokens."""
+    if not len(observed.log_p):
+        return observed.logits.sum()  # of none: 0
     parts = observed.by_sequence() if over == "sequence" and name in OF_SHARES else [observed]
     values = [LOSSES[name](part) for part in parts]
     if name == "mutual_information" and free_bits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,6 +78,18 @@ class Routing:
         """What the routing log keeps, [1|B, 1|T, E]; the mean of the blocks where there are some."""
         found = self.dense(num_experts) if self.predicted is None else self.predicted
         return found.mean(2) if found.dim() == 4 else found
+
+    def for_experts(self, names: Sequence[str], known: Sequence[str]) -> Routing:
+        """This routing over the experts `known`, for a mixture of `names`: what the others had is lost, new ones get 0.
+
+        Raises ValueError if the weights are not of as many experts as are known.
+        """
+        weights = self.dense(len(known))
+        if weights.shape[-1] != len(known):
+            raise ValueError(f"a routing of {weights.shape[-1]} experts, and {len(known)} names of them: {known}")
+        with_none = torch.cat([weights, weights.new_zeros(*weights.shape[:-1], 1)], dim=-1)
+        places = {name: place for place, name in enumerate(known)}
+        return Routing(with_none[..., [places.get(name, -1) for name in names]], base=self.base)
 
     def for_rows(self, batch_size: int) -> Routing:
         """This routing for a batch of `batch_size` rows: beams and return sequences are copies of one example.

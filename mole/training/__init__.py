@@ -6,6 +6,7 @@ from mole.training.checkpoints import CheckpointError
 from mole.training.devices import make_accelerator, peak_memory
 from mole.training.fit import FitResult, fit
 from mole.training.isolation import check_isolation
+from mole.training.memory import OutOfMemory
 from mole.training.rehearsal import Rehearsal, rehearse
 from mole.training.schedules import summed_factors
 from mole.training.settings import AnyTraining, Recipe, RouterTrainingConfig, TrainingConfig
@@ -15,6 +16,7 @@ __all__ = [
     "AnyTraining",
     "CheckpointError",
     "FitResult",
+    "OutOfMemory",
     "Recipe",
     "Rehearsal",
     "RouterTrainingConfig",

@@ -12,11 +12,15 @@ from mole.training.settings import TrainingConfig, neighbours
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Samples, how several become a batch of tensors, and the order of each epoch (a permutation of all)."""
+    """Samples, how several become a batch of tensors, and the order of each epoch (a permutation of all).
+
+    `size` is what a sample weighs in memory, to find the largest ones.
+    """
 
     train: Sequence[Any]
     collate: Callable[[list[Any]], dict[str, Any]]
     order: Callable[[int], list[int]]
+    size: Callable[[Any], int] = len
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,21 @@ class Layout:
 
 
 def plan_layout(config: TrainingConfig, num_processes: int) -> Layout:
-    """How a step is cut up. Raises ValueError, with the nearest sizes that do, where it does not divide."""
-    unit = (config.micro_batch_size or 1) * num_processes
+    """How a step is cut up; with `micro_batch_size=auto` as with none. Raises ValueError where it does not divide.
+
+    The message has the nearest sizes that do.
+    """
+    asked = config.micro_batch_size if isinstance(config.micro_batch_size, int) else None
+    unit = (asked or 1) * num_processes
     if config.batch_size % unit:
         of = f"{num_processes} processes"
-        if config.micro_batch_size is not None:
-            of = f"training.micro_batch_size={config.micro_batch_size} on {of}"
+        if asked is not None:
+            of = f"training.micro_batch_size={asked} on {of}"
         near = " or ".join(str(size) for size in neighbours(config.batch_size, unit))
         raise ValueError(
             f"training.batch_size={config.batch_size} does not divide into {of}: set training.batch_size={near}"
         )
-    micro = config.micro_batch_size or config.batch_size // num_processes
+    micro = asked or config.batch_size // num_processes
     return Layout(config.batch_size, micro, num_processes)
 
 

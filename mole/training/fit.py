@@ -1,8 +1,9 @@
 """The one training loop: every command that trains calls `fit`."""
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,20 @@ from accelerate import Accelerator
 from torch import nn
 
 from mole.run_folder import RunFolder
-from mole.training.batches import SampleStream, TrainingData, plan_layout, total_steps
+from mole.training.batches import Layout, SampleStream, TrainingData, plan_layout, total_steps
 from mole.training.devices import peak_memory
-from mole.training.learner import build_learner, gradient_checkpointing
+from mole.training.learner import Learner, build_learner, gradient_checkpointing
+from mole.training.memory import largest_micro_batch
 from mole.training.metrics import MetricsFile
 from mole.training.progress import TrainingProgress
 from mole.training.random_streams import seed_streams, streams_kept
 from mole.training.saving import Saver
 from mole.training.session import Session
-from mole.training.settings import TrainingSettings
+from mole.training.settings import TrainingConfig, TrainingSettings
 from mole.training.signals import StopRequest
 from mole.training.trackers import tracking
 
+logger = logging.getLogger(__name__)
 Evaluate = Callable[[int], dict[str, float]]
 
 
@@ -73,12 +76,11 @@ def fit(
     whole checkpoint.
 
     Raises ValueError for settings that do not fit, before the first step; TrainingFailed where training cannot go
-    on; RunStopped after SIGINT or SIGTERM, the step finished and a checkpoint written; CheckpointError if the end
-    state could not be written.
+    on, OutOfMemory among them; RunStopped after SIGINT or SIGTERM, the step finished and a checkpoint written;
+    CheckpointError if the end state could not be written.
     """
     settings, main = config.training, accelerator.is_main_process
-    stream = SampleStream(data, plan_layout(settings, accelerator.num_processes))
-    total = total_steps(settings, len(data.train))
+    layout, total = plan_layout(settings, accelerator.num_processes), total_steps(settings, len(data.train))
     learner = build_learner(model, config, accelerator, total)
     with ExitStack() as stack:
         if accelerator.device.type != "cpu":  # there it would only collect garbage, for half a second
@@ -87,9 +89,10 @@ def fit(
         stack.enter_context(streams_kept())
         stack.enter_context(gradient_checkpointing(model, settings.gradient_checkpointing))
         stop = stack.enter_context(StopRequest())
+        layout = _fitting(layout, learner, data, settings, run if resume else None)
         session = Session(
             learner=learner,
-            stream=stream,
+            stream=SampleStream(data, layout),
             settings=settings,
             evaluate=evaluate,
             metrics=MetricsFile(run.metrics, main),
@@ -104,10 +107,23 @@ def fit(
         seed_streams(seed, accelerator.process_index)
         session.start(resume)
         if main:
-            run.update(status="running")
+            run.update(status="running", micro_batch_size=layout.micro_batch_size)
         session.train(stop)
         session.finish(stop)
         return _result(session)
+
+
+def _fitting(
+    layout: Layout, learner: Learner, data: TrainingData, settings: TrainingConfig, begun: RunFolder | None
+) -> Layout:
+    """The layout with the largest micro-batch that fits, where that is asked for; `begun` keeps what it had."""
+    if settings.micro_batch_size != "auto":
+        return layout
+    known = begun.facts().get("micro_batch_size") if begun else None
+    is_known = isinstance(known, int) and known > 0 and layout.micro_batch_size % known == 0
+    found = known if is_known else largest_micro_batch(learner, data, settings)
+    logger.info("micro-batches of %d samples", found)
+    return replace(layout, micro_batch_size=found)
 
 
 def _result(session: Session) -> FitResult:

@@ -12,6 +12,7 @@ from mole.run_folder import RunStopped
 from mole.training.batches import SampleStream
 from mole.training.devices import peak_memory
 from mole.training.learner import Learner
+from mole.training.memory import memory_for
 from mole.training.metrics import MetricsFile
 from mole.training.origins import fingerprints, require_same
 from mole.training.progress import TrainingProgress
@@ -102,14 +103,15 @@ class Session:
     def train(self, stop: StopRequest) -> None:
         """Step after step to the end, to early stopping, or to a signal. Raises RunStopped."""
         learner, stream = self.learner, self.stream
-        rank = learner.accelerator.process_index
+        rank, size = learner.accelerator.process_index, stream.layout.micro_batch_size
         while self.counters.step < self.total and not self.selection.exhausted(self.settings):
             started = time.monotonic()
             step = self.counters.step + 1
             batches = stream.micro_batches(step, rank)
             census = self._census(batches, stop)
             learner.model.train()
-            report = take_step(learner, batches, census, self.settings.clip_norm, first=step == 1)
+            with memory_for(f"step {step}, in a micro-batch", learner, self.settings, size, batches):
+                report = take_step(learner, batches, census, self.settings.clip_norm, first=step == 1)
             if self.after_step is not None and not report.skipped:
                 self.after_step()
             self._count(report, census, time.monotonic() - started)
@@ -186,7 +188,9 @@ class Session:
             return
         step = self.counters.step
         self.learner.model.eval()
-        with streams_kept():  # so that how often one looks does not change what is learnt
+        rows = self.stream.layout.micro_batch_size
+        # streams are kept so that how often one looks does not change what is learnt
+        with streams_kept(), memory_for(f"the evaluation after step {step}", self.learner, self.settings, rows):
             metrics = {name: float(value) for name, value in self.evaluate(step).items()}
         if self.learner.accelerator.num_processes > 1:  # all processes choose and stop alike
             metrics = broadcast_object_list([metrics])[0]

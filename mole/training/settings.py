@@ -18,10 +18,10 @@ class TrainingConfig:
     """How long, how much at once, how fast, and what is looked at on the way."""
 
     name: Literal["default"] = "default"
-    max_steps: Count | None = None
+    max_steps: Annotated[int, Field(ge=0)] | None = None
     epochs: Annotated[float, Field(gt=0)] | None = 3.0
     batch_size: Count = 16
-    micro_batch_size: Count | None = None
+    micro_batch_size: Count | Literal["auto"] | None = None
     group_by_length: bool = False
     packing: Annotated[int, Field(ge=2)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
@@ -42,7 +42,12 @@ class TrainingConfig:
         problems = []
         if self.max_steps is None and self.epochs is None:
             problems.append("training.max_steps and training.epochs are both null: set one of them")
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+        if self.max_steps == 0:
+            problems.append(
+                "training.max_steps=0 trains nothing: set 1 or more, or null for epochs; surgery alone is mole moefy "
+                "train=none"
+            )
+        if isinstance(self.micro_batch_size, int) and self.batch_size % self.micro_batch_size:
             problems.append(
                 f"training.batch_size={self.batch_size} is not a multiple of "
                 f"training.micro_batch_size={self.micro_batch_size}: "

@@ -69,7 +69,7 @@ def adapted(name, backbone, plain):
 
 def test_a_new_adapter_changes_no_logit_unless_attention_sees_it(adapted, plain, tokens, name):
     if name not in STARTS_AWAY:
-        torch.testing.assert_close(adapted(tokens).logits, plain(tokens).logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(adapted(tokens).logits, plain(tokens).logits, rtol=0, atol=1e-5)
     moved(adapted)
     assert (adapted(tokens).logits - plain(tokens).logits).abs().max() > 1e-3
 

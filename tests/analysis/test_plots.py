@@ -14,6 +14,7 @@ from matplotlib.text import Text
 
 from mole.analysis import CannotPlot, MissingExtra, TokensView, plot_run
 from mole.analysis.layers import draw_layers
+from mole.analysis.library_map import draw_map
 from mole.analysis.loss import draw_loss
 from mole.analysis.record import RunRecord
 from mole.analysis.shares import are_shares, mean_by_layer, mean_by_task, telling
@@ -333,3 +334,13 @@ def test_thirty_experts_have_thirty_colours():
     for count in (1, 10, 20, 30):
         assert len(set(colours(count))) == count
     assert all(math.isfinite(x) and 0 <= x <= 1 for colour in colours(30) for x in colour)
+
+
+def test_every_name_of_a_library_map_is_inside_its_frame():
+    names = ["a-rather-long-name-of-an-expert", "b", "another-long-name-of-an-expert"]
+    figure = draw_map("lib", [(0.5, 0.1), (0.0, -0.2), (-0.5, 0.1)], names, [0, 0, 0])
+    png(figure)
+    frame = figure.axes[0].bbox
+    for text in figure.axes[0].texts[-3:]:
+        assert frame.x0 <= text.get_window_extent().x0 <= text.get_window_extent().x1 <= frame.x1
+    assert any("in 1 cluster, by" in text.get_text() for text in figure.findobj(Text))

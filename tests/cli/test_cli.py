@@ -116,7 +116,7 @@ def test_every_example_of_a_help_text_composes():
 def test_cfg_prints_yaml_and_nothing_else(capsys):
     assert main("toy", "--cfg", "job", "--resolve", "run.folder=x", "flavour.sugar=5") == 0
     node = yaml.safe_load(capsys.readouterr().out)
-    assert node["flavour"] == {"name": "sweet", "sugar": 5, "layers": "all"}
+    assert node["flavour"] == {"name": "sweet", "sugar": 5, "layers": "all", "extras": {}}
     assert node["run"]["folder"] == "x"
     assert files() == []
 
@@ -161,6 +161,13 @@ def test_version_names_mole_and_its_packages(capsys):
         (["toy", CREAM, "seed=1.5"], "seed: must be a whole number, got 1.5"),
         (["toy", CREAM, "name=3"], "name: must be text, got 3"),
         (["toy", CREAM, "flavour.layers=3"], "flavour.layers: must be a list or text, got 3"),
+        (["toy", CREAM, "flavour=sour", "flavour.lemon=3"], "did you mean flavour.lemons?"),
+        (["toy", CREAM, "flavour=sour", "flavour.sugar=3"], "known: flavour.name, flavour.lemons"),
+        (["toy", "topping=nuts_chopped", "topping.paht=3"], "did you mean topping.path?"),
+        (["toy", CREAM, "training={rate: 3}"], "Could not override 'training'"),
+        (["toy", "toppings={nuts: 3}"], "it is filled by topping=[…]"),
+        (["toy", CREAM, "flavour.extras={clove: much}"], 'flavour.extras.clove: must be a number, got "much"'),
+        (["toy", CREAM, "spices=3"], "spices: must be a mapping of names to values, got 3"),
         (["toy", CREAM, "flavour=[sweet,sour]"], "this command takes one flavour"),
         (["toy", "topping=[cream,cream]"], "cream is named twice"),
         (["toy", CREAM, "flavour.sugar=1000"], "flavour.sugar is above 100 * training.max_steps"),
@@ -186,11 +193,32 @@ def test_mistakes_are_named_and_leave_nothing(words, says, capsys):
     assert not Path("outputs").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["spices={clove: 0.5}", "flavour.extras.nutmeg=1"],
+        ["flavour=sweet", "spices.clove=0.5", "flavour.extras={nutmeg: 1}"],
+    ],
+)
+def test_mappings_whose_names_the_user_chooses_take_new_ones_on_the_line(words):
+    assert main("toy", CREAM, *words) == 0
+    saved = yaml.safe_load((only_run() / "config.yaml").read_text())
+    assert (saved["spices"], saved["flavour"]["extras"]) == ({"clove": 0.5}, {"nutmeg": 1.0})
+
+
+def test_such_a_mapping_takes_new_names_in_a_sweep_and_from_a_saved_run():
+    assert main("toy", CREAM, "flavour.extras={nutmeg: 1}", "name=first") == 0
+    assert main("toy", "--from", str(only_run()), "flavour.extras.clove=2", "spices={}", "name=second") == 0
+    second = next(run for run in Path("outputs/toy").iterdir() if "second" in run.name)
+    assert yaml.safe_load((second / "config.yaml").read_text())["flavour"]["extras"] == {"nutmeg": 1.0, "clove": 2.0}
+    assert main("toy", CREAM, "-m", "spices={clove: 1},{clove: 2}", "name=third") == 0
+
+
 def test_all_problems_come_at_once(capsys):
     assert main("toy", "seed=a", "+flavour.sugr=3", "training.learning_rate=-1.0") == 2
     said = capsys.readouterr().err
     assert "toy: 4 problem(s) in the configuration" in said
-    assert "flavour.sugr: unknown key; did you mean flavour.sugar? (known: name, sugar, layers)" in said
+    assert "flavour.sugr: unknown key; did you mean flavour.sugar? (known: name, sugar, layers, extras)" in said
     assert "training.learning_rate: must be greater than 0, got -1.0" in said
 
 
@@ -468,7 +496,7 @@ def test_a_sweep_kept_in_yaml_counts():
     [
         ("mole t", ["toy"]),
         ("mole toy --re", ["--resolve", "--resume"]),
-        ("mole toy fl", ["flavour.layers=", "flavour.name=", "flavour.sugar=", "flavour="]),
+        ("mole toy fl", ["flavour.extras=", "flavour.layers=", "flavour.name=", "flavour.sugar=", "flavour="]),
         ("mole toy flavour=s", ["flavour=sour", "flavour=sweet"]),
         ("mole toy flavour=sour flavour.", ["flavour.lemons=", "flavour.name="]),
         ("mole toy flavour=sweat flavour.s", ["flavour.sugar="]),

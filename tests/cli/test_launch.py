@@ -80,7 +80,7 @@ def test_signals_stop_one_process_with_a_checkpoint_or_without(tmp_path, name, n
     run = start(f"name={name}", "run.folder=r", folder=tmp_path)
     wait_for(run, tmp_path / "r" / "waiting-0")
     run.send_signal(number)
-    _, said = run.communicate(timeout=60)
+    _, said = run.communicate(timeout=120)
     assert run.returncode == code, said
     assert "toy --resume" in said
     assert record(tmp_path)["status"] == "stopped"
@@ -144,7 +144,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     wait_for(run, *waiting)
     run.kill()
     run.communicate()
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while any(is_alive(int(file.read_text())) for file in waiting):
         assert time.monotonic() < until, "a worker outlived its parent"
         time.sleep(0.1)

@@ -10,7 +10,7 @@ from mole import routers  # noqa: F401  fills the registry
 from mole.mixtures import mixture_folder, origins_of
 from mole.registry import ROUTERS
 
-LEARNED = [variant.name for variant in ROUTERS if variant.implementation.learned and variant.name != "gate"]
+LEARNED = [variant.name for variant in ROUTERS if variant.implementation.learned]
 SLOW = pytest.mark.slow  # two short runs each
 
 
@@ -49,6 +49,6 @@ def test_presets_build_and_train(walk, tmp_path, preset):
         assert list(end[first].values()) == pytest.approx(state["theta"][0].tolist())
         assert end[first] != start[first]
     else:
-        assert end["router/discreteness"] < start["router/discreteness"] <= 1
+        assert end["router/discreteness"] < start["router/discreteness"] <= 1 + 1e-6  # float32, of thetas near nought
         assert set(end["router/tasks/sparsity"]) == {"reverse", "shouting"}
         assert shapes == {(2, 4, 2)}  # tasks, blocks, skills

@@ -49,7 +49,16 @@ def test_without_as_it_tells_what_applies(place, capsys):
     out = capsys.readouterr().out
     assert "as=…" in out
     assert "no member: its experts are as they came from the library" in out
+    assert "no merged: router=xlora weighs each input anew" in out
     assert ExpertLibrary.open("library").names() == ["reverse", "shouting"]
+    assert convert(place / "mixture", "format=json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["name"]: row["applies"] for row in rows} == {
+        "member": False,
+        "merged": False,
+        "distilled": True,
+        "mixture": True,
+    }
 
 
 @pytest.mark.parametrize("embed", [False, True])

@@ -39,6 +39,7 @@ def mole(capsys):
 
 
 def test_clusters_come_with_the_commands_that_train_one_expert_each(mole, library):
+    assert mole("cluster", library.url, "format=names")[0] == 0
     code, out, _ = mole("cluster", library.url, "clusters=2")
     lines = [line.split() for line in out.splitlines()]
     assert code == 0

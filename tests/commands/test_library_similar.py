@@ -51,6 +51,7 @@ def test_the_nearest_are_listed_by_name(similar, by):
 
 def test_clusters_are_those_that_are_alike(similar):
     assert similar("show=clusters", "clusters=2", "format=names")[1] == "add subtract\nspell upper\n"
+    assert len(similar("show=clusters", "format=names")[1].splitlines()) == 4  # as many as there are experts
     assert json.loads(similar("show=clusters", "clusters=2", "format=json")[1]) == [
         ["add", "subtract"],
         ["spell", "upper"],
@@ -76,7 +77,7 @@ def test_interference_is_told_of_every_pair(similar):
         (("sparsity=0.5",), "sparsity cuts parameters"),
         (("show=nearest", "to=ad"), "unknown expert 'ad'; did you mean add?"),
         (("experts=[add]",), "two experts at least are compared"),
-        (("show=clusters",), "num_clusters=10 for 4 experts"),
+        (("show=clusters", "clusters=5"), "num_clusters=5 for 4 experts"),
         (("format=names",), "format=names is for"),
     ],
 )

@@ -112,7 +112,7 @@ def test_rename_history_and_restore(mole, lib):
     first = short(lib, "a")
     lib.edit_card("a", tags=["x"])
     second = short(lib, "a")
-    assert mole("rename", "lib", "a", "c")[1].startswith(f"renamed c in lib, revision {second} (was a;")
+    assert mole("rename", "lib", "a", "c")[1].startswith(f"renamed c in lib, revision {second} (was a)")
     assert lib.names() == ["b", "c"]
     code, out, _ = mole("history", "lib", "c")
     assert code == 0

@@ -1,6 +1,7 @@
 """train-expert → library → build-moe, xlora-train → evaluate → generate, in process: what each leaves."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -183,6 +184,10 @@ def test_evaluate_compares_every_row(walk, tmp_path, capsys):
     assert rows["oracle"]["reverse"] == pytest.approx(rows["reverse"]["reverse"], rel=1e-6)
     assert rows["reverse"]["reverse"] < rows["base"]["reverse"]
     assert "mixture" in capsys.readouterr().out
+    routing = table["routing"]
+    assert 0 < routing["router/entropy"] <= math.log(2) + 1e-6
+    for task in ("reverse", "shouting"):
+        assert sum(routing[f"router/{task}/load"].values()) == pytest.approx(1.0)
 
 
 def test_the_row_of_an_expert_is_what_its_adapter_alone_gives(walk, tmp_path, backbone):

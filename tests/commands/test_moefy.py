@@ -98,6 +98,44 @@ def test_without_training_the_surgery_alone_is_done_and_needs_no_data(tmp_path):
     assert json.loads((run / "run.json").read_text())["surgery"]["equals_dense"] is True
 
 
+def test_a_run_is_evaluated_beside_its_backbone(trained, tmp_path):
+    run = tmp_path / "evaluated"
+    mole("evaluate", *SMALL, f"model={trained}", *data("reverse"), "split=validation", f"run.folder={run}")
+    rows = json.loads((run / "evaluation.json").read_text())["rows"]
+    facts = json.loads((trained / "run.json").read_text())
+    assert list(rows) == ["base", "mixture"]
+    assert rows["base"]["reverse"] == pytest.approx(facts["dense_loss"]["validation_loss/reverse"], rel=1e-4)
+    assert rows["mixture"]["reverse"] != rows["base"]["reverse"]
+    words = (f"model={trained}/mixture", *data("reverse"), "metric=exact_match", "limit=2", "rows=[mixture]")
+    mole("evaluate", *SMALL, *words, f"run.folder={tmp_path / 'matched'}")
+
+
+def test_a_run_generates_and_logs_who_worked_on_every_token(trained, tmp_path):
+    run = tmp_path / "generated"
+    words = ("prompt=ab", "max_new_tokens=3", "log=true", f"run.folder={run}")
+    mole("generate", *SMALL, f"model={trained}", *words)
+    assert json.loads((run / "generations.jsonl").read_text())["prompt"] == "ab"
+    log = load_routing_log(run / "scalings")
+    assert log.expert_names == ("0", "1", "2")
+    assert [entry.phase for entry in log.entries] == ["prefill", *["decode"] * (len(log.entries) - 1)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["library", "convert", "{run}", "lib"], "mole.moe.load"),
+        (["generate", *SMALL, "model={run}", "prompt=ab", "self_speculation=true"], "self_speculation"),
+        (["generate", *SMALL, "model={run}", "prompt=ab", "num_beams=2", "log=true"], "num_beams=1"),
+        (["evaluate", *SMALL, "model={run}", *data("reverse"), "publish_scores=true"], "no experts"),
+        (["evaluate", *SMALL, "model={run}", *data("reverse"), "rows=[oracle]"], "base, mixture"),
+    ],
+)
+def test_what_blocks_cannot_do_is_said(trained, tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert main([word.format(run=trained) for word in words]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_the_bias_moves_once_for_each_step_under_accumulation(tmp_path):
     run = tmp_path / "run"
     words = ("moe=deepseek", "moe.num_experts=4", "training.micro_batch_size=1", f"run.folder={run}")
@@ -159,6 +197,8 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
         ((r"moe.pattern=model\.layer\.0\.mlp",), "matches no module"),
         ((MLPS, "moe.k=9"), "k=9: valid are 1 … 4"),
         ((MLPS, "moe.router.name=soft"), "soft"),
+        (("moe.pattern='*mlp'",), "is no regular expression"),
+        ((MLPS, "training.max_steps=0"), "train=none"),
         ((MLPS, "moe=switche"), "moe=switche: no such option; did you mean moe=switch?"),
         ((MLPS,), "dataset: not chosen"),
     ],
@@ -241,6 +281,7 @@ def test_an_image_goes_through_a_saved_model(vit, tmp_path):
         ("none.png", (), "there is no such file"),
         ("text.png", (), "not an image"),
         (None, ("patch_size=5",), "patches of 5"),
+        (None, ("model=text", "patch_size=4"), "takes input_ids, not images"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(vit, tmp_path, capsys, image, words, told):
@@ -248,5 +289,9 @@ def test_what_cannot_be_drawn_is_said(vit, tmp_path, capsys, image, words, told)
     (tmp_path / "text.png").write_text("no picture")
     pil.new("RGB", (24, 24)).save(tmp_path / "photo.png")
     photo = tmp_path / (image or "photo.png")
+    if "model=text" in words:
+        model = tiny()
+        moe.moefy(model, MLPS.removeprefix("moe.pattern="), num_experts=2)
+        vit, words = moe.save(model, tmp_path / "text", whole=True), words[1:]
     assert main(["plot", "image-routing", str(vit), str(photo), *words]) == 2
     assert told in capsys.readouterr().err

@@ -29,5 +29,5 @@ def test_an_adapter_learns_what_a_head_alone_does_not(tmp_path):
     for train in ("adapter", "head"):
         mole("train-expert", *words, f"train={train}", f"run.folder={tmp_path / train}")
         found[train] = json.loads((tmp_path / train / "run.json").read_text())["validation"]["score"]
-    assert found["adapter"] >= 0.78  # the majority is 0.509
-    assert found["adapter"] > found["head"]
+    assert found["adapter"] >= 0.74  # 0.81 as a rule; the majority is 0.509
+    assert found["adapter"] > found["head"] + 0.05  # 0.67 as a rule

@@ -56,6 +56,37 @@ def test_routers_from_the_experts_alone_need_no_data(walk, tmp_path, backbone, w
         assert "flatness" not in facts
 
 
+def test_generation_asks_for_the_task_that_the_router_goes_by(walk, tmp_path, capsys):
+    mole("build-moe", *SMALL, f"library={walk / 'library'}", "router=task", f"run.folder={tmp_path / 'run'}")
+    words = ["generate", *SMALL, f"model={tmp_path / 'run'}", "prompt=a", "max_new_tokens=2"]
+    for given, said in [([], "give task=<one> (known: reverse, shouting)"), (["task=revers"], "did you mean reverse?")]:
+        assert main([*words, *given, f"run.folder={tmp_path / 'text'}"]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "text").exists()
+    mole(*words, "task=reverse", f"run.folder={tmp_path / 'text'}")
+
+
+def test_a_task_without_a_row_is_named_before_training(walk, tmp_path, capsys):
+    words = ["experts=[reverse]", f"library={walk / 'library'}", "router=poly", f"run.folder={tmp_path / 'run'}"]
+    assert main(["build-moe", *SMALL, *data("reverse", "shouting"), *words]) == 2
+    said = capsys.readouterr().err
+    assert "unknown task 'shouting'" in said
+    assert "router.task_names=[reverse,shouting]" in said
+    assert "router.unknown" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_untrained_router_tells_how_it_routes_the_logged_examples(walk, tmp_path):
+    words = [*SMALL, *data("reverse", "shouting"), f"library={walk / 'library'}", "router=arrow"]
+    mole("build-moe", *words, "log_examples=2", f"run.folder={tmp_path / 'run'}")
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    told = json.loads(line)
+    assert (told["step"], told["phase"]) == (0, "evaluation")
+    assert 0 < told["router/angle"] < 1
+    assert set(told["router/load"]) == set(told["router/shouting/load"]) == {"reverse", "shouting"}
+    assert "router/p_correct" in told
+
+
 @pytest.mark.parametrize(
     ("words", "kept"),
     [

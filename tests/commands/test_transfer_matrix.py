@@ -48,6 +48,11 @@ def test_scores_are_published_to_the_cards_and_replace_those_of_before(walk, tmp
         assert {dataset: row["value"] for dataset, row in found.items()} == rows[name]
         assert len([row for row in card.scores if row["split"] == "test"]) == 2
         assert not found["reverse"]["higher_is_better"]
+        assert len(found["reverse"]["config"]) == 16
+        assert found["reverse"]["config"] != found["shouting"]["config"]
+    mole("evaluate", *words(tmp_path, tmp_path / "third"), "publish_scores=true", "rows=[experts]", "limit=1")
+    card = ExpertLibrary.open(str(library)).card("reverse")
+    assert len([row for row in card.scores if row["split"] == "test"]) == 4  # on other samples: beside the first ones
 
 
 def test_scores_are_published_to_libraries_only(walk, tmp_path, capsys):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from pydantic import Field
@@ -21,6 +21,7 @@ from mole.config.overrides import fill_operands, is_override, quote, rewrite
 from mole.config.seeds import seed_for
 from mole.registry import config_dataclass
 
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a first example imports
 NODE = {
     "flavour": {"name": "sweet", "sugar": 2, "layers": ["a", "b"]},
     "topping": {"name": "cream"},
@@ -82,6 +83,29 @@ def test_open_choices_name_the_options_and_two_unknown_keys_are_not_taken_for_ea
     assert "launcher: not chosen; choose one: launcher=auto" in found
     assert sum("did you mean flavour.sugar?" in line for line in found) == 2
     assert len(found) == 4
+
+
+def test_a_problem_is_that_of_its_field_where_the_variant_is_called_like_another_one():
+    @config_dataclass
+    class Rank:
+        name: Literal["rank"] = "rank"
+        rank: Annotated[int, Field(gt=0)] = 1
+        tau: Annotated[float, Field(gt=0)] = 1.0
+
+    @config_dataclass
+    class Off:
+        name: Literal["off"] = "off"
+
+    @config_dataclass
+    class Whole:
+        method: Annotated[Rank | Off, Field(discriminator="name")]
+
+    with pytest.raises(ConfigProblems) as caught:
+        validate(Whole, {"method": {"name": "rank", "rank": 0, "tau": -1}})
+    assert caught.value.lines == [
+        "method.rank: must be greater than 0, got 0",
+        "method.tau: must be greater than 0, got -1",
+    ]
 
 
 def test_lines_of_a_rule_across_fields_are_problems_of_their_own():
@@ -186,6 +210,7 @@ def test_known_secrets_are_blotted_out_the_longest_first():
 # The file
 
 
+@UNHURRIED
 @given(
     st.recursive(
         st.none()
@@ -279,6 +304,9 @@ class Tree:
     def takes_several(self, group):
         return group == "dataset"
 
+    def open_keys(self, overrides=()):
+        return {"losses"}
+
 
 @pytest.mark.parametrize(
     ("word", "rewritten"),
@@ -296,6 +324,9 @@ class Tree:
         ("backbone=owner/model", ["backbone=pretrained", "backbone.path='owner/model'"]),
         ("adapter.rank=3", ["adapter.rank=3"]),
         ("+new=1", ["+new=1"]),
+        ("losses={z: 1}", ["++losses={z: 1}"]),
+        ("losses.z=1", ["++losses.z=1"]),
+        ("losses_over=1", ["losses_over=1"]),
         ("~adapter", ["~adapter"]),
         ("name=a#b", ["name='a#b'"]),
     ],
@@ -332,6 +363,7 @@ def test_operands_are_the_words_that_set_nothing():
         fill_operands(["a"], (), "c")
 
 
+@UNHURRIED
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(lambda t: "${" not in t))
 def test_quoted_text_comes_through_the_grammar_as_it_is(text):
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -384,6 +416,21 @@ def test_an_interpolation_of_something_missing_reports_what_is_missing():
     assert node["run"]["folder"] == "out-${name}"
     with pytest.raises(ValueError, match="nothing"):
         engine.plain(OmegaConf.create({"a": "${nothing}"}))
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["router=top_k", "losses={load_balance: 0.01}"], "losses", {"load_balance": 0.01}),
+        (["losses.z_loss=0.1"], "losses", {"z_loss": 0.1}),
+        (["router=poly", "router.init_task={rte: mine}"], "router.init_task", {"rte": "mine"}),
+    ],
+)
+def test_open_mappings_of_a_real_command_take_names_on_the_line(words, key, value):
+    node = engine.compose("build-moe", words)
+    for part in key.split("."):
+        node = node[part]
+    assert node == value
 
 
 def test_engines_can_be_used_inside_each_other():

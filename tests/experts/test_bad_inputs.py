@@ -208,9 +208,10 @@ import json, resource, sys, torch
 from mole.experts import LibraryError
 from mole.experts.importing import import_expert
 told = {}
-for place in sys.argv[1:]:
+import_expert(sys.argv[1])  # a sound one first: what is imported on the way costs more than the rest
+for place in sys.argv[2:]:
     before, (user, system, *_) = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, resource.getrusage(0)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(user + system) + 5, 600))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(user + system) + 20, 600))
     try:
         import_expert(place)
         name = "read"
@@ -223,14 +224,14 @@ print(json.dumps(told))
 
 @pytest.mark.slow
 def test_hostile_configs_cost_next_to_nothing(tmp_path, expert):
-    for kind, changes in HOSTILE.items():
+    for kind, changes in {"sound": {}, **HOSTILE}.items():
         (tmp_path / kind).mkdir()
         peft_format.write(expert.adapter, tmp_path / kind, "user/model")
         path = tmp_path / kind / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    words = [sys.executable, "-c", CHILD, *(str(tmp_path / kind) for kind in HOSTILE)]
+    words = [sys.executable, "-c", CHILD, *(str(tmp_path / kind) for kind in ("sound", *HOSTILE))]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr  # above five seconds of one core it would have been killed
+    assert done.returncode == 0, done.stderr  # above twenty seconds of one core it would have been killed
     told = json.loads(done.stdout)
     assert {kind: name for kind, (name, _) in told.items()} == {
         "rank": "Refused",

@@ -16,8 +16,9 @@ from mole.experts.backends.hub_requests import Patience
 
 TOKENS = {"hf_aliceCanary0123456789": ["alice", "lab"], "hf_bobCanary9876543210": ["bob", "lab"]}
 ALICE, BOB = TOKENS
-HURRIED = Patience(total=15.0, first=0.005, most=0.1, answer=20.0)
-BRIEF = Patience(total=2.0, first=0.005, most=0.05, answer=1.0)
+# Short pauses; an honest answer may take as long as a busy machine needs.
+HURRIED = Patience(total=120.0, first=0.005, most=0.1, answer=60.0)
+BRIEF = Patience(total=2.0, first=0.005, most=0.05, answer=60.0)
 
 # What an honest Hub may do to one request; asked again, it answers.
 PASSING = [

@@ -6,6 +6,7 @@ from mixture_cases import TASKS, expert, llama
 from mole.mixtures import MultiExpertModel
 from mole.routers import (
     AttentionConfig,
+    GateConfig,
     PolyConfig,
     ProductKeyConfig,
     RkhsConfig,
@@ -21,6 +22,7 @@ LEARNED = {
     "smear": SmearConfig(posterior=True, center_momentum=0.5),
     "smear_block": SmearConfig(scope="block", combine="outputs", top_k=2),
     "smear_causal": SmearConfig(pool="causal"),
+    "gate": GateConfig(),
     "poly": PolyConfig(),
     "mhr": PolyConfig(num_splits=4, scope="group", num_groups=3),
     "rkhs": RkhsConfig(rkhs_dim=16, emb_dim=8, top_k=2),

@@ -52,7 +52,7 @@ def one_by_one(base_out, x, routing, only=None):
 
 
 def test_bank_adds_its_experts_and_the_weight_of_absent_ones_is_lost():
-    assert (bank().eval()(*inputs()) - one_by_one(*inputs())).abs().max() < 1e-5
+    assert (bank().eval()(*inputs()) - one_by_one(*inputs())).abs().max() < 1e-4
 
 
 def test_ids_of_a_routing_work_like_their_dense_weights():
@@ -68,17 +68,17 @@ def test_ids_of_a_routing_work_like_their_dense_weights():
 @pytest.mark.parametrize("expert_dropout", ["auto", "off", "shared", "independent"])
 def test_frozen_experts_drop_nothing_in_training(expert_dropout):
     frozen = bank(expert_dropout=expert_dropout)
-    assert (frozen(*inputs()) - one_by_one(*inputs())).abs().max() < 1e-5
+    assert (frozen(*inputs()) - one_by_one(*inputs())).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("expert_dropout", ["auto", "off", "shared", "independent"])
 def test_trained_experts_drop_nothing_in_eval(expert_dropout):
     trained = bank(train=True, expert_dropout=expert_dropout).eval()
-    assert (trained(*inputs()) - one_by_one(*inputs())).abs().max() < 1e-5
+    assert (trained(*inputs()) - one_by_one(*inputs())).abs().max() < 1e-4
 
 
 def test_dropout_that_is_off_stays_off_in_training():
-    assert (bank(train=True, expert_dropout="off")(*inputs()) - one_by_one(*inputs())).abs().max() < 1e-5
+    assert (bank(train=True, expert_dropout="off")(*inputs()) - one_by_one(*inputs())).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("expert_dropout", ["auto", "shared"])
@@ -89,7 +89,7 @@ def test_shared_dropout_is_one_mask_for_all_experts_of_a_rate(expert_dropout):
     torch.manual_seed(4)
     want = one_by_one(base_out, F.dropout(x, 0.5), routing, only=(0, 2))
     want = one_by_one(want, x, routing, only=(3,))
-    assert (got - want).abs().max() < 1e-5
+    assert (got - want).abs().max() < 1e-4
 
 
 def test_independent_dropout_is_a_mask_for_each_expert():
@@ -100,7 +100,7 @@ def test_independent_dropout_is_a_mask_for_each_expert():
     want = base_out.double()
     for index, rate in RATES.items():
         want = one_by_one(want, F.dropout(x, rate), routing, only=(index,))
-    assert (got - want).abs().max() < 1e-5
+    assert (got - want).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("expert_dropout", ["shared", "independent"])

@@ -93,14 +93,16 @@ def test_task_routing_treats_each_example_as_if_it_were_alone(batch):
         torch.testing.assert_close(together[row : row + 1], logits(model, alone), rtol=0, atol=1e-4)
 
 
-def test_a_batch_row_does_not_see_the_other_rows_or_its_padding(any_mixture, batch):
-    full = logits(any_mixture, batch)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_batch_row_does_not_see_the_other_rows_or_its_padding(name, batch):
+    model = mixture(name, torch.float64)
+    full = logits(model, batch)
     short = {
         "input_ids": batch["input_ids"][1:, :6],
         "attention_mask": batch["attention_mask"][1:, :6],
         "task_names": ["date"],
     }
-    torch.testing.assert_close(full[1:, :6], logits(any_mixture, short), rtol=0, atol=1e-4)
+    torch.testing.assert_close(full[1:, :6], logits(model, short), rtol=0, atol=1e-10)
 
 
 def test_experts_of_unlike_rank_and_targets_keep_their_own_scale():
@@ -295,5 +297,43 @@ def test_fixed_routing_names_unknown_experts(batch):
     model = mixture("uniform")
     with pytest.raises(ValueError, match="unknown expert 'sum'; did you mean sums"), model.fixed_routing({"sum": 1.0}):
         pass
+    for odd, said in [
+        (
+            Routing(torch.ones(1, 1, 1), torch.tensor([[[3]]])),
+            r"no expert has the id 3: the mixture has 3 \(sums, words",
+        ),
+        (Routing(torch.ones(1, 1, 1), torch.tensor([[[-2]]])), "no expert has the id -2"),
+        (Routing(torch.ones(1, 1, 2)), "weights of 2 experts, and the mixture has 3"),
+    ]:
+        with pytest.raises(ValueError, match=said), model.fixed_routing(odd):
+            pass
+        with pytest.raises(ValueError, match=said):
+            logits(model, batch, routing=odd)
     with model.fixed_routing(Routing(torch.ones(2, 4, 3))), pytest.raises(ValueError, match="fits no input"):
         logits(model, batch)
+
+
+@pytest.mark.parametrize(
+    "given", [{"sums": 0.3, "dates": -1.0}, Routing(torch.tensor([[[0.3, -1.0]]]), torch.tensor([[[0, 2]]]))]
+)
+def test_a_routing_handed_to_a_forward_is_spent_whatever_the_router(any_mixture, batch, given):
+    with any_mixture.fixed_routing({"sums": 0.3, "dates": -1.0}):
+        want = logits(any_mixture, batch)
+    torch.testing.assert_close(logits(any_mixture, batch, routing=given), want, rtol=0, atol=1e-5)
+    assert not torch.allclose(logits(any_mixture, batch), want)
+    with pytest.raises(ValueError, match="unknown expert 'sum'; did you mean sums"):
+        logits(any_mixture, batch, routing={"sum": 1.0})
+
+
+def test_a_routing_is_taken_to_a_mixture_of_other_experts_by_their_names():
+    here = Routing(torch.tensor([[[0.5, 0.3]]]), torch.tensor([[[2, 0]]]))
+    there = here.for_experts(("new", "c", "a"), ("a", "b", "c"))
+    assert there.weights.tolist() == torch.tensor([[[0.0, 0.5, 0.3]]]).tolist()
+    with pytest.raises(ValueError, match="a routing of 2 experts"):
+        Routing(torch.ones(1, 1, 2)).for_experts(("a",), ("a", "b", "c"))
+
+
+def test_data_parallel_copies_are_refused_with_the_reason():
+    first = next(mixture("top_k").modules())  # torch.nn.parallel.replicate asks every module for a copy
+    with pytest.raises(ValueError, match="nn.DataParallel copies a model.*use one process per device"):
+        first._replicate_for_data_parallel()

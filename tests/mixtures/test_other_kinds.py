@@ -119,7 +119,7 @@ def test_one_hot_ia3_equals_peft_on_encoders_and_pairs(family, tmp_path):
     model = MultiExpertModel(family_cases.backbone(family), adapters, UniformConfig()).eval()
     for name, want in wanted.items():
         with torch.no_grad(), model.fixed_routing({name: 1.0}):
-            assert (model(**given).logits - want).abs().max() <= 1e-5 * want.abs().max()
+            assert (model(**given).logits - want).abs().max() <= 1e-4 * want.abs().max()
     assert (wanted["1"] - wanted["2"]).abs().max() > 1e-3
 
 

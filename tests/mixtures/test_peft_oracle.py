@@ -54,7 +54,7 @@ def test_one_hot_routing_equals_that_expert_alone_in_peft(folders, ids):
     for index, folder in enumerate(folders):
         oracle = peft.PeftModel.from_pretrained(llama(), folder).eval()
         with torch.no_grad(), model.fixed_routing({str(index): 1.0}):
-            torch.testing.assert_close(model(input_ids=ids).logits, oracle(input_ids=ids).logits, rtol=0, atol=2e-5)
+            torch.testing.assert_close(model(input_ids=ids).logits, oracle(input_ids=ids).logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_xlora_equals_pefts(options, folders, ids):
         mine.data = 0.5 * torch.randn(mine.shape, generator=generator)
         other.data = mine.data.clone()
     want, got = oracle(input_ids=ids).logits, model(input_ids=ids).logits
-    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
     want.square().mean().backward()
     got.square().mean().backward()
     for mine, other in zip(model.router.parameters(), theirs, strict=True):
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5 * float(other.grad.abs().max()))
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-4 * float(other.grad.abs().max()))

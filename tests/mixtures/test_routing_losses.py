@@ -4,7 +4,11 @@ from inspect import signature
 
 import pytest
 import torch
-from mixture_cases import mixture
+from mixture_cases import TASKS, llama, mixture, three_experts
+
+from mole.mixtures import MultiExpertModel
+from mole.routers import PolyConfig, XLoraConfig
+from mole.routing import Routing
 
 IDS = torch.randint(3, 101, (2, 7), generator=torch.Generator().manual_seed(1))
 
@@ -103,3 +107,42 @@ def test_the_backbone_s_labels_are_a_parameter_with_a_name_as_trainers_look_for_
     found = model(input_ids=IDS, labels=IDS, use_cache=False)
     want = torch.nn.functional.cross_entropy(found.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
     torch.testing.assert_close(found.loss, want)
+
+
+def test_losses_are_on_the_tokens_that_are_asked_for():
+    model = mixture("top_k", torch.float64).train()
+    model.losses, found = {"z_loss": 1.0}, {}
+    prompt = torch.arange(7).expand(2, 7) < 4
+    for on in ("valid", "prompt", "target"):
+        model.loss_options = {"on": on}
+        found[on] = model(input_ids=IDS, prompt_mask=prompt, use_cache=False).auxiliary_loss.item()
+    assert found["valid"] == pytest.approx((4 * found["prompt"] + 3 * found["target"]) / 7)
+    assert found["prompt"] != pytest.approx(found["target"])
+    with pytest.raises(ValueError, match="tokens of targets need the prompts"):
+        model(input_ids=IDS, use_cache=False)
+
+
+@pytest.mark.parametrize(("field", "value"), [("lr", 0.3), ("weight_decay", 0.1)])
+def test_a_router_of_the_whole_model_trains_with_settings_of_its_own(field, value):
+    backbone = llama()
+    model = MultiExpertModel(backbone, three_experts(backbone), XLoraConfig(**{field: value}))
+    assert model.parameter_settings() == {f"router.classifier.0.{n}": {field: value} for n in ("weight", "bias")}
+
+
+def test_one_router_may_serve_all_modules():
+    backbone = llama()
+    model = MultiExpertModel(
+        backbone, three_experts(backbone), PolyConfig(scope="model", combine="outputs"), tasks=TASKS
+    )
+    (site,) = model.routers()
+    assert site == model.sites[0]
+    assert model.groups == {"model": model.sites}
+    with torch.no_grad():
+        want = model.eval()(input_ids=IDS, task_names=["add", "date"]).logits
+        model.routers()[site].table.data[0] = torch.tensor([50.0, -50.0, -50.0])
+        model.routers()[site].table.data[3] = torch.tensor([-50.0, -50.0, 50.0])
+        found = model(input_ids=IDS, task_names=["add", "date"]).logits
+        with model.fixed_routing(Routing(torch.eye(3)[[0, 2]][:, None])):
+            alone = model(input_ids=IDS, task_names=["add", "date"]).logits
+    assert not torch.allclose(found, want)
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-4)

@@ -101,6 +101,14 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
         Nevergrad("NGOpt", 3, bound=1.5, budget=10, seed=0)
 
 
+def test_a_package_that_nevergrad_lacks_is_named(monkeypatch, tmp_path):
+    (tmp_path / "nevergrad.py").write_text("import no_such_package\n")
+    monkeypatch.delitem(sys.modules, "nevergrad", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"which lacks no_such_package: pip install .* no_such_package$"):
+        Nevergrad("NGOpt", 3, bound=1.5, budget=10, seed=0)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_nevergrad_finds_the_planted_weights_and_repeats():

@@ -103,6 +103,8 @@ def test_the_callers_list_and_modules_stay_as_they_are():
         (lambda: MoEBlock(mlps(2), num_experts=3), "num_experts=3"),
         (lambda: MoEBlock(mlps(2), k=3), re.escape("k=3: valid are 1 … 2")),
         (lambda: MoEBlock(mlps(2), input_dim=4), "input_dim=4, but the experts' first linear layer takes 8"),
+        (lambda: MoEBlock(mlps(2), aggregation="median", k=5), "^aggregation='median': valid is .*; k=5: valid are 1"),
+        (lambda: MoEBlock([Named()], input_dim=4), re.escape("input_dim=4: expert 0 (Named) does not work on it")),
         (lambda: MoEBlock(mlps(2), config=MoEConfig(), k=2), "config and k are given"),
         (lambda: MoEBlock(mlps(2), noise="gauss"), "did you mean gaussian"),
         (lambda: MoEBlock(mlps(2), aux_criterion="prob", noise=None), "needs noise='gaussian' or 'normal'"),
@@ -129,6 +131,24 @@ def test_the_callers_list_and_modules_stay_as_they_are():
 def test_what_cannot_go_together_is_refused_with_the_way_out(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.parametrize("contract", ["pointwise", "sequence", "zeros"])
+def test_experts_of_unequal_width_are_named(contract):
+    moe = block([mlp(0), mlp(1, out=5)], k=2, contract=contract)
+    with pytest.raises(ValueError, match=r"expert 0 \(Sequential\) gives \(8,\) for a token and expert 1 .* \(5,\)"):
+        moe(inputs(2, 6, DIM))
+
+
+class Named(nn.Module):
+    """An MLP whose layers do not stand in a chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(DIM, 12), nn.Linear(12, DIM)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
 
 
 def test_all_violations_are_told_at_once():

@@ -266,3 +266,28 @@ def test_sequences_are_routed_by_the_mean_of_their_real_tokens():
     alone = moe(x[1:2, :4])
     torch.testing.assert_close(y[1:2, :4], alone, atol=1e-6, rtol=1e-5)
     assert y[0].any()
+
+
+# ---- what is no number
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k": 1},
+        {"k": 2, "aggregation": "mean"},
+        {"k": 2, "router_score": "sigmoid", "router_bias_rate": 0.1},
+        {"k": 2, "router_num_groups": 2, "router_topk_groups": 1},
+        {"k": 2, "router_noise": "simple"},
+        {"k": 3, "router_name": "expert_choice"},
+        {"k": 3, "router_name": "expert_choice", "aggregation": "mean"},
+    ],
+)
+def test_what_is_no_number_in_a_token_is_none_in_its_output(options, value):
+    moe, x = block(4, **options).eval(), inputs(2, 6, DIM)
+    x[1, 2, 0] = value
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[0, 4:] = False
+    x[0, 5] = float("nan")  # of padding it stays without effect
+    y = moe(x, padding_mask=mask)
+    assert not y[1, 2].isfinite().any()
+    assert y[0].isfinite().all()

@@ -276,3 +276,12 @@ def test_soft_and_deep_blocks_are_drawn_too():
     figures = image_through_experts(picture(), vision(soft, deep), PATCH)
     assert len(figures) == 2
     assert make_experts_masks(deep, (12, 20), PATCH).sum() == 6 * PATCH * PATCH
+
+
+def test_the_even_share_is_told_inside_the_picture():
+    moe = block(5, hole=True)
+    moe(torch.randn(2, 9, WIDTH))
+    figure = display_abs_experts_load(moe)
+    png(figure)
+    (even,) = [text for text in figure.axes[0].texts if text.get_text() == "even"]
+    assert even.get_window_extent().x1 <= figure.bbox.x1

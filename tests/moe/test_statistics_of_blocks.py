@@ -149,6 +149,17 @@ def test_loads_drops_and_nulls_are_all_slots():
     assert int(found.loads.sum()) + found.drops == 2 * 18 == found.slots
 
 
+@pytest.mark.parametrize("name", ["hash", "round_robin"])
+def test_loads_and_drops_are_all_slots_where_nothing_is_learned(name):
+    capacity = CapacityConfig(factor=0.5, minimum=1)
+    model = block(config=MoEConfig(k=2, router=MoERouterConfig(name=name), capacity=capacity))
+    with record_routing(model) as stats:
+        model(inputs(), mask_of(), **({"token_ids": torch.zeros(3, 7, dtype=torch.long)} if name == "hash" else {}))
+    found = stats[""]
+    assert found.drops > 0
+    assert int(found.loads.sum()) + found.drops == 2 * 18 == found.slots
+
+
 @pytest.mark.parametrize("name", ["expert_choice", "soft", "depth", "hash", "round_robin"])
 def test_every_router_can_be_recorded(name):
     model = block(1 if name == "depth" else 4, config=MoEConfig(router=MoERouterConfig(name=name)))

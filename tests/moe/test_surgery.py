@@ -149,10 +149,36 @@ def test_settings_that_do_not_fit_leave_the_model_as_it_was():
         ({"num_experts": 2, "config": MoEConfig(num_experts=3)}, "num_experts=2 here and 3 in config"),
         ({"num_experts": 2, "expert_choice": True}, "lets a token's output depend on later tokens"),
         ({"num_experts": 3, "init": [llama()]}, "1 models beside this make 2 experts, not 3"),
+        ({"num_experts": 2, "nosie": None}, "unknown option 'nosie'; did you mean noise"),
+        ({"num_experts": 2, "drop_order": "position"}, "give a whole MoEConfig"),
+        ({"num_experts": 2, "hole": True, "null_experts": ("zero",)}, "give one of them"),
+        ({"num_experts": 2, "score": "sigmoid", "noise": "gumbel"}, "samples from a softmax"),
+        ({"num_experts": 2, "slots": 2}, "is of router.name=soft, not top_k"),
+        ({"num_experts": 2, "proj_dim": 8}, "is of router.score=cosine"),
+        ({"num_experts": 2, "config": MoEConfig(k=9)}, "^k=9: valid are 1 … 2"),
+        ({"num_experts": 2, "k": 9, "score": "softmin"}, "^score='softmin': valid is .*; k=9: valid are 1 … 2"),
     ]:
         with pytest.raises(ValueError, match=told):
             moefy(model, MLPS, **settings)
     assert not blocks(model)
+
+
+def test_every_setting_can_be_given_by_its_name_and_acts():
+    model = llama()
+    options = {"null_experts": ("zero",), "score": "sigmoid", "bias_rate": 1e-3, "losses": {}, "aggregation": "sum"}
+    moefy(model, MLPS, num_experts=3, shared_experts=1, expert_dropout=0.9, noise=None, **options)
+    for block in blocks(model):
+        assert (len(block.experts), len(block.shared), block.config.expert_dropout) == (3, 1, 0.9)
+        assert (block.config.router.score, block.config.null_experts, block.coefficients) == ("sigmoid", ("zero",), {})
+        assert block.router.bias.shape == (3,)
+    ahead = llama()
+    moefy(ahead, MLPS, num_experts=2, expert_choice=True, allow_noncausal=True)
+    assert ahead(**batch()).logits.isfinite().all()
+
+
+def test_what_is_no_regular_expression_is_refused():
+    with pytest.raises(ValueError, match=r"'\*mlp' is no regular expression"):
+        moefy(llama(), "*mlp", num_experts=2)
 
 
 def test_wrapping_twice_is_refused_and_another_pattern_is_not():

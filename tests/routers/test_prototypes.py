@@ -406,6 +406,17 @@ def test_prototypes_of_experts_that_stay_are_carried():
     assert new.present.tolist() == [False, True]
 
 
+@pytest.mark.parametrize(("cls", "config"), [(ArrowRouter, ArrowConfig()), (SpectralRouter, SpectralConfig())])
+def test_angles_with_singular_vectors_have_no_sign(cls, config):
+    made = cls(config, shape(["a", "b"]), input_dim=D_IN).double()
+    v = torch.randn(2, D_IN, dtype=torch.float64)
+    made.take_prototypes({0: v[0], 1: v[1]})
+    x = tokens()
+    cosines = torch.nn.functional.cosine_similarity(x[:, :, None], v, dim=-1)
+    assert (cosines < 0).any()
+    torch.testing.assert_close(made.angles(x), cosines.abs(), rtol=1e-5, atol=1e-6)
+
+
 def test_angles_are_there_for_who_records_and_only_then():
     x, v = tokens(), torch.randn(3, D_IN, dtype=torch.float64)
     made = prepared(PhatgooseRouter, PhatgooseConfig(), v)

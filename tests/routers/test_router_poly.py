@@ -175,6 +175,23 @@ def test_skills_tell_how_decided_the_tasks_are():
     assert router.skills()["discreteness"].tolist() == pytest.approx([float(entropy)] * 3, rel=1e-5)
 
 
+def test_effective_skills_are_the_exp_of_the_entropy_of_the_mean_u():
+    router = poly(num_splits=2)
+    router.table.data[0, 0], router.table.data[0, 1] = (
+        torch.tensor([50.0, -50.0, -50.0]),
+        torch.tensor([-50.0, 50.0, -50.0]),
+    )
+    router.table.data[1], router.table.data[2] = router.table.data[0], router.table.data[0]
+    assert router.skills()["effective_skills"].tolist() == pytest.approx([2.0] * 3)  # one in each block, two in all
+    router.table.data[:, :] = torch.tensor([50.0, -50.0, -50.0])
+    router.table.data[1, :] = torch.tensor([-50.0, 50.0, 50.0])
+    router.table.data[2, :] = torch.tensor([-50.0, 50.0, -50.0])
+    shares = torch.tensor([1, 2, 1], dtype=torch.float64) / 4
+    said = router.own_statistics()
+    assert said["effective_skills"] == pytest.approx(float((-(shares * shares.log()).sum()).exp()))
+    assert list(said["tasks/effective_skills"].values()) == pytest.approx([1.0, 2.0, 1.0])
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -78,6 +78,13 @@ def test_normal_noise_is_a_share_of_one_expert():
     assert float(noise.mean()) == pytest.approx(0, abs=0.01)
 
 
+@pytest.mark.parametrize(("noise", "size"), [("normal", 1 / 3), ("learned", math.log(2))])
+def test_noise_is_added_to_z_before_the_temperature_divides_it(noise, size):
+    router, x = top_k(noise=noise, temperature=4.0).train(), inputs(4, 5000, DIM)
+    added = (router(x, frame()).logits - router.scores(x)).detach()
+    assert float(added.std()) == pytest.approx(size / 4, rel=0.02)
+
+
 def test_learned_noise_starts_with_weights_of_zero_and_grows_with_them():
     router, x = top_k(noise="learned").train(), inputs(4, 5000, DIM)
     assert not router.noise.weight.any()

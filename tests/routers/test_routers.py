@@ -171,6 +171,19 @@ def test_xlora_gates_of_the_routing_pass(options, row):
     assert (weights if weights is None else weights.weights[0, 0].tolist()) == row
 
 
+def test_xlora_leaves_experts_out_of_whole_examples_in_training_only():
+    router, h = xlora(expert_dropout=0.5, layerwise=True, dropout=0.0), torch.randn(200, 3, 32)
+    one = Frame(inputs=RoutingInputs(hidden_states=h))
+    assert all((routing.weights > 0).all() for routing in router.eval()(None, one))
+    gates = torch.stack([routing.weights for routing in router.train()(None, one)], 2)  # [B, T, L, E]
+    torch.testing.assert_close(gates.sum(-1), torch.ones(gates.shape[:-1]))
+    out = gates == 0
+    assert 0.2 < float(out.float().mean()) < 0.5
+    assert torch.equal(out, out[:, :1, :1].expand_as(out))
+    with pytest.raises(ValidationError, match=r"router.softmax=true, or router.expert_dropout=0"):
+        XLoraConfig(expert_dropout=0.5, softmax=False)
+
+
 def test_xlora_refuses_contradicting_options():
     with pytest.raises(ValidationError, match="needs router.top_k"):
         XLoraConfig(top_k_softmax=True, softmax=False)

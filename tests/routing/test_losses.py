@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mole.routing import Routing
-from mole.routing.losses import LOSSES, check_losses, labels_of, routing_losses
+from mole.routing.losses import LOSSES, check_losses, labels_of, routing_losses, tokens_of
 
 
 def routing(logits: torch.Tensor, k: int | None = None) -> Routing:
@@ -162,3 +162,22 @@ def test_free_bits_let_mutual_information_rest(share, pushes):
     found.backward()
     assert bool(logits.grad.any()) is pushes
     assert found.item() >= -(share or 1) * math.log(2) - 1e-6
+
+
+@pytest.mark.parametrize(("on", "columns"), [("valid", [0, 1, 2]), ("prompt", [0, 1]), ("target", [2])])
+def test_tokens_that_count_are_all_or_those_of_the_prompt_or_behind_it(on, columns):
+    logits = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 0]] * 2)
+    prompt = torch.tensor([[True, True, False, False]] * 2)
+    want = routing_losses(["z_loss"], [routing(logits[:, columns])], None)["z_loss"]
+    found = routing_losses(["z_loss"], [routing(logits)], tokens_of(on, mask, prompt))["z_loss"]
+    torch.testing.assert_close(found, want)
+    if on != "valid":
+        with pytest.raises(ValueError, match="pass prompt_mask"):
+            tokens_of(on, mask, None)
+
+
+def test_a_batch_without_a_token_that_counts_adds_nothing():
+    made = routing(torch.randn(1, 2, 3))
+    found = routing_losses(["z_loss", "load_balance"], [made], torch.zeros(1, 2))
+    assert [value.item() for value in found.values()] == [0.0, 0.0]

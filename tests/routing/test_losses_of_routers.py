@@ -83,4 +83,5 @@ def test_blocks_of_features_count_like_tokens():
         torch.testing.assert_close(got, routing_losses([name], [flat], None, labels)[name])
     shares = torch.softmax(blocked.logits.detach(), -1).mean((0, 1, 2))
     want = math.log(5) + float(torch.xlogy(shares, shares).sum())
-    assert routing_losses(["balance_entropy"], [blocked], mask)["balance_entropy"].item() == pytest.approx(want)
+    found = routing_losses(["balance_entropy"], [blocked], mask)["balance_entropy"].item()
+    assert found == pytest.approx(want, rel=1e-4)  # little is left of log 5 less almost as much

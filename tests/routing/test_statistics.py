@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mole.routing import Frame, Routing, RoutingInputs
-from mole.routing.statistics import RoutingStatistics, measured
+from mole.routing.statistics import TASKS, RoutingStatistics, measured
 
 NAMES = ("a", "b", "c", "d")
 
@@ -71,7 +71,7 @@ def test_every_statistic_is_its_formula_over_the_valid_tokens(sparse):
         want["co_activation"] = together(mask, NAMES, chosen)
     assert found.keys() == want.keys()
     for name, value in want.items():
-        assert found[name] == pytest.approx(value, abs=1e-6), name
+        assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
 def test_a_routing_for_whole_examples_counts_each_of_their_tokens():
@@ -98,6 +98,61 @@ def test_angles_are_the_cosines_with_the_prototypes_over_the_valid_tokens():
     found = measured(Routing(torch.full((1, 3, 2), 0.5), angles=angles), 2, mask, None).values(("a", "b"))
     assert found["angle"] == pytest.approx((0.5 + 0.3) / 2)
     assert found["angles"] == pytest.approx({"a": 0.3, "b": 0.05})
+
+
+def test_the_norm_of_the_scores_is_their_mean_over_the_valid_tokens_without_absent_experts():
+    mask = torch.tensor([[1, 1, 0]])
+    logits = torch.tensor([[[3.0, 4.0, -1e30], [0.0, 1.0, float("-inf")], [9.0, 9.0, 9.0]]])
+    found = measured(Routing(torch.full((1, 3, 3), 1 / 3), logits=logits), 3, mask, None).values(("a", "b", "c"))
+    assert found["score_norm"] == pytest.approx((5 + 1) / 2)
+
+
+def test_several_tasks_are_told_of_apart_and_no_more_than_the_first_ones():
+    statistics = RoutingStatistics(("x", "y"), NAMES)
+    first = Routing(torch.eye(4)[[0, 1, 1]][:, None])  # examples of t0, t1, t1
+    even = Routing(torch.full((1, 1, 4), 0.25))
+    seen = {"x": first, "y": even}
+    inputs = RoutingInputs(task_names=("t0", "t1", "t1"), attention_mask=torch.tensor([[1, 1], [1, 1], [1, 0]]))
+    statistics.observe(Frame(inputs=inputs, seen=seen), "train")
+    found = statistics.read()
+    assert found["router/t0/load"] == {"a": 1.0, "b": 0.0, "c": 0.0, "d": 0.0}  # of ties the lower index
+    assert found["router/t1/load"] == {"a": 0.5, "b": 0.5, "c": 0.0, "d": 0.0}
+    assert found["router/t1/entropy"] == pytest.approx(math.log(4) / 2)
+    assert found["router/t1/usage"] == 0.25
+    many = tuple(f"task {i}" for i in range(40))
+    many_rows = Routing(torch.full((40, 1, 4), 0.25))
+    one = RoutingStatistics(("x",), NAMES)
+    one.observe(Frame(inputs=RoutingInputs(task_names=many), seen={"x": many_rows}), "train")
+    told = {key.split("/")[1] for key in one.read() if key.startswith("router/task")}
+    assert told == set(many[:TASKS])
+    alone = RoutingStatistics(("x",), NAMES)
+    alone.observe(Frame(inputs=RoutingInputs(task_names=("t",)), seen={"x": even}), "train")
+    assert not [key for key in alone.read() if key.startswith("router/t/")]
+
+
+def test_evaluation_counts_where_it_is_asked_for():
+    statistics = RoutingStatistics(("x",), NAMES, phases=("eval",))
+    statistics.observe(frame_of(x=Routing(torch.eye(4)[0].view(1, 1, 4))), "train")
+    assert statistics.read() == {}
+    statistics.observe(frame_of(x=Routing(torch.eye(4)[1].view(1, 1, 4))), "eval")
+    assert statistics.read()["router/load"]["b"] == 1.0
+
+
+def test_many_routers_that_collapse_are_told_of_in_one_line(caplog):
+    sites = tuple(f"layer {i}" for i in range(8))
+    statistics = RoutingStatistics(sites, NAMES)
+    with caplog.at_level(logging.WARNING):
+        for upto in (5, 8):
+            rows = [torch.eye(4)[i % 2].view(1, 1, 4) for i in range(upto)]
+            rows += [torch.tensor([[[0.5, 0.5, 0.0, 0.0]]])] * (8 - upto)
+            statistics.observe(frame_of(**{site: Routing(row) for site, row in zip(sites, rows, strict=True)}), "train")
+            statistics.read()
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        "each of 5 routers of 8 (layer 0, layer 1, layer 2 and 2 more) gives at least 100 % of its weight to one "
+        "expert (a, b): it may have collapsed; a loss such as losses={load_balance: 0.01} spreads it",
+        "each of 3 routers of 8 (layer 5, layer 6, layer 7) gives nearly nothing to c, d",
+    ]
 
 
 def test_known_tasks_tell_how_often_the_router_is_right():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from training_toy import VOCABULARY, ToyModel, fit_toy, mean_loss, recipe, toy_data, weight_bytes
 
+from mole.cli import launch
 from mole.run_folder import RunStopped
 from mole.training.optimizers import AdamWConfig
 
@@ -62,6 +63,14 @@ def train(name: str, folder: Path, steps: int = 4, **more) -> nn.Module:
 
 def worker(root: str) -> dict:
     """Runs every scenario in one launch (a launch takes seconds); returns what this process ended with."""
+    try:
+        return scenarios(root)
+    finally:
+        launch.leave_group()  # its threads would meet the end of the interpreter
+
+
+def scenarios(root: str) -> dict:
+    """What `worker` runs, in the group that the first of them joins."""
     torch.set_num_threads(1)
     rank, folder, found = int(os.environ["RANK"]), Path(root), {}
     for name in MODELS:

@@ -6,17 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from xlora_cases import build, ids, logits
 
 from mole.xlora.saving import LAYOUTS
 
 READER = """
-import json, sys
+import json, sys, torch
 from xlora_cases import ids, llama, logits
 from mole import xlora
 
+torch.set_num_threads(int(sys.argv[1]))
 found = {}
-for folder in sys.argv[1:]:
+for folder in sys.argv[2:]:
     model = xlora.from_pretrained(folder, llama(), "cpu")
     tokens = model.generate(input_ids=ids(), max_new_tokens=6, do_sample=False)
     found[folder] = [logits(model).numpy().tobytes().hex(), tokens.tolist(), list(model.experts)]
@@ -47,7 +49,7 @@ def test_every_layout_gives_the_same_bits_in_a_new_process(folders, tmp_path):
             model.save_pretrained(folder, layouts=layouts, experts=experts)
             wanted[str(folder)] = expected
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", READER, *wanted],
+        [sys.executable, "-W", "error", "-c", READER, str(torch.get_num_threads()), *wanted],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,

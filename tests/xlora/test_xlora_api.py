@@ -389,7 +389,7 @@ def test_permuted_experts_with_permuted_router_rows_give_the_same_logits(folders
     rows = torch.tensor([list(folders).index(name) for name in order])
     for mine, theirs in zip(model.router.parameters(), other.router.parameters(), strict=True):
         theirs.data = mine.data.unflatten(0, (SITES, 3))[:, rows].flatten(0, 1)
-    torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=1e-4)
 
 
 def test_gates_depend_on_no_later_token_and_on_no_other_row(folders):

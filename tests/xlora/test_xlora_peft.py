@@ -75,7 +75,7 @@ def test_logits_scalings_gates_and_gradients_are_pefts(case, numbered):
     want.square().mean().backward()
     got.square().mean().backward()
     for mine, other in zip(ours.router.parameters(), parameters, strict=True):
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5 * float(other.grad.abs().max()))
+        assert (mine.grad - other.grad).norm() <= 3e-5 * other.grad.norm()  # below 1e-5 with wide vector units
 
 
 def test_experts_with_targets_of_their_own_are_pefts(tmp_path):

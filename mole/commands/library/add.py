@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mole.commands.library.done import Format, print_change, repaired_or_unchanged
 from mole.commands.library.naming import own_name
 from mole.commands.library.opening import open_library
 from mole.experts import load_expert
@@ -21,6 +22,7 @@ class LibraryAdd:
     description: str | None = None
     message: str | None = None
     dry_run: bool = False
+    format: Format = "table"
 
 
 def run(config: LibraryAdd) -> None:
@@ -31,14 +33,11 @@ def run(config: LibraryAdd) -> None:
     expert = expert.with_card(expert.card.edited(**changes)) if changes else expert
     name = config.name or own_name(expert, Path(config.folder).expanduser().absolute().name)
     library = open_library(config.library)
-    told = f"{name} to {library.url}, revision {expert.revision[:8]}"
     if library.exists() and name in library and library.card(name).revision == expert.revision:
-        print(f"unchanged: {name} is in {library.url} at revision {expert.revision[:8]}")
-        return
+        return repaired_or_unchanged(library, name, expert, dry_run=config.dry_run, form=config.format)
     library.check_free(name)
     if config.dry_run:
         _ = expert.adapter
-        print(f"would add {told}")
-        return
-    library.add_expert(expert, name)
-    print(f"added {told}")
+    else:
+        library.add_expert(expert, name)
+    return print_change("add", name, expert.card, library.url, dry_run=config.dry_run, form=config.format, at="to")

@@ -10,7 +10,8 @@ from mole.commands.library.opening import open_library
 from mole.commands.library.output import print_json, print_table
 from mole.config import yaml_files
 from mole.experts import Card, is_name
-from mole.experts.clustering import mbc, random_clusters
+from mole.experts.clustering import MOST, mbc, random_clusters
+from mole.experts.damage import sound_cards
 from mole.experts.embeddings import comparable, embedding
 from mole.registry import config_dataclass
 
@@ -21,7 +22,7 @@ class LibraryCluster:
 
     library: str
     experts: tuple[str, ...] | None = None
-    clusters: Annotated[int, Field(ge=1)] = 10
+    clusters: Annotated[int, Field(ge=1)] | None = None
     by: Literal["updates", "chance"] = "updates"
     num_components: Annotated[int, Field(ge=1)] = 64
     prefix: str = "cluster"
@@ -39,11 +40,12 @@ def run(config: LibraryCluster) -> None:
     """Prints the groups, largest first, and the commands of the joint training."""
     library = open_library(config.library)
     names = comparable(library, config.experts)
+    count = config.clusters or min(MOST, len(names))
     if config.by == "chance":
-        groups = random_clusters(names, config.clusters, seed=config.seed)
+        groups = random_clusters(names, count, seed=config.seed)
     else:
-        groups = mbc(embedding(library, names, config.num_components), names, config.clusters, seed=config.seed)
-    cards = library.cards()
+        groups = mbc(embedding(library, names, config.num_components), names, count, seed=config.seed)
+    cards = sound_cards(library, names)
     into = config.into or config.library
     lines = [training(f"{config.prefix}-{n}", [cards[name] for name in group], into) for n, group in enumerate(groups)]
     news = [f"{config.prefix}-{n}" for n in range(len(groups))]

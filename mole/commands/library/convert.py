@@ -8,6 +8,7 @@ from pydantic import Field
 from mole import backbones, mixtures
 from mole.commands import merge
 from mole.commands.library import distilling
+from mole.commands.library.done import Format, print_done
 from mole.commands.library.opening import open_library
 from mole.config.nodes import RunConfig, not_chosen
 from mole.experts import Card, Expert, ExpertLibrary, LibraryError, UnknownExpert, check_name
@@ -15,13 +16,17 @@ from mole.experts.card import bytes_facts, digest_of, new_card
 from mole.experts.expert import summary
 from mole.experts.folder import read_card, verified_files
 from mole.merging.products import check_rank
-from mole.registry import BACKBONES, DATASETS, config_dataclass
+from mole.registry import BACKBONES, DATASETS, ROUTERS, config_dataclass
+from mole.routers import Router
 
 EXPLAINED = """What can be uploaded of a mixture; say which with as=…
   member     each expert that was trained inside it, under its own name; exact
   merged     one LoRA, where the routing does not depend on the input; exact (rank=<r> cuts it, and says what is lost)
   distilled  one LoRA by the mean routing over a dataset; not exact: needs approximate=true and dataset=…
   mixture    the whole: its router, and its experts by reference (embed=true: themselves); exact"""
+
+UNTRAINED = "its experts are as they came from the library"
+UNPINNED = "embed=true, as it does not say where its experts lie"
 
 
 @config_dataclass
@@ -46,6 +51,7 @@ class LibraryConvert:
     allow_other_backbone: bool = False
     seed: int = 0
     dry_run: bool = False
+    format: Format = "table"
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
@@ -70,9 +76,10 @@ def run(config: LibraryConvert) -> None:
     """Publishes what the mixture becomes, checked against it where that is exact; prints one line for each entry."""
     folder = mixtures.mixture_folder(config.mixture)
     if config.as_ is None:
-        print(EXPLAINED)
-        print("\n".join(f"  here: {line}" for line in _fitting(folder)))
-        return
+        ways = _fitting(folder)
+        lines = [EXPLAINED, *(f"  here: {line}" for _, _, line in ways)]
+        rows = [{"name": name, "applies": applies, "why": line} for name, applies, line in ways]
+        return print_done(rows, lines, config.format)
     library = open_library(config.library)
     if config.as_ == "member":
         made, parents = _members(folder, library)
@@ -82,29 +89,40 @@ def run(config: LibraryConvert) -> None:
         parents: dict[str, Card] = {}
         build = {"merged": _merged, "distilled": _distilled, "mixture": _whole}[config.as_]
         made = {config.name: build(config, folder, library)}
+    rows, lines = [], []
     with library.batch(f"Convert a mixture to {', '.join(made)}") as batch:
         for name, expert in made.items():
             before = parents.get(name)
             what = f"{name} as {config.as_}" if before is None else f"{name}, the revision after {before.revision[:8]}"
             if config.dry_run:
-                print(f"would publish {what} in {library.url}")
+                lines.append(f"would publish {what} in {library.url}")
+                rows.append({"name": name, "as": config.as_, "revision": expert.revision})
             elif before is None:
                 batch.add_expert(expert, name)
             else:
                 batch.update_expert(name, expert, expect=before.revision, message="trained in a mixture")
     for name in () if config.dry_run else made:
-        print(f"published {name} in {library.url}, revision {library.card(name).revision[:8]}")
+        revision = library.card(name).revision
+        lines.append(f"published {name} in {library.url}, revision {revision[:8]}")
+        rows.append({"name": name, "as": config.as_, "revision": revision})
+    facts = {"action": "convert", "library": library.url, "dry_run": config.dry_run}
+    return print_done([{**row, **facts} for row in rows], lines, config.format)
 
 
-def _fitting(folder: Path) -> list[str]:
-    """Which of the four apply to this mixture."""
+def _fitting(folder: Path) -> list[tuple[str, bool, str]]:
+    """Each of the four ways, whether it applies to this mixture, and why, or how."""
     found = mixtures.experts_in(folder)
     trained = [name for name, (origin, files) in found.items() if files and _content(files) != origin.content]
     pinned = all(origin.content for origin, _ in found.values())
+    router = mixtures.router_name(folder)
+    own = getattr(ROUTERS[router].implementation, "mergeable", Router.mergeable)
+    fixed = own is not Router.mergeable and router != "multi_adapter"  # which has branches, and no factors to add up
+    why = "weighs all inputs alike" if fixed else "weighs each input anew"
     return [
-        f"member: {', '.join(trained)}" if trained else "no member: its experts are as they came from the library",
-        f"mixture: {'by reference or embedded' if pinned else 'embed=true, as it does not say where its experts lie'}",
-        "merged or distilled: by its router, which as=merged tells",
+        ("member", bool(trained), f"member: {', '.join(trained)}" if trained else f"no member: {UNTRAINED}"),
+        ("merged", fixed, f"{'merged' if fixed else 'no merged'}: router={router} {why}"),
+        ("distilled", True, f"distilled: approximate=true and dataset=…{'; merged is exact' if fixed else ''}"),
+        ("mixture", True, f"mixture: {'by reference or embedded' if pinned else UNPINNED}"),
     ]
 
 

@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from mole.commands.library.output import print_json
+from mole.experts import Expert, ExpertLibrary
 from mole.experts.card import Card
 from mole.experts.copying import WRITTEN, Copied
+from mole.experts.damage import damage
 
 Format = Literal["table", "json", "names"]
 _PAST = {"add": "added", "update": "updated", "edit": "edited", "replace": "replaced", "remove": "removed"}
-_PAST |= {"rename": "renamed", "restore": "restored"}
+_PAST |= {"rename": "renamed", "restore": "restored", "repair": "repaired", "import": "imported"}
 
 
 def done(action: str, *, dry_run: bool) -> str:
@@ -29,17 +31,38 @@ def print_done(rows: Sequence[dict[str, Any]], lines: Sequence[str], form: Forma
         print("".join(f"{line}\n" for line in lines), end="")
 
 
-def print_change(action: str, name: str, card: Card, url: str, *, dry_run: bool, form: Format, more: str = "") -> None:
-    """One change of one expert."""
+def print_change(
+    action: str,
+    name: str,
+    card: Card,
+    url: str,
+    *,
+    dry_run: bool,
+    form: Format,
+    more: str = "",
+    what: str = "",
+    at: str = "in",
+) -> None:
+    """One change of one expert, `what` it is, `at` (in, to) which library."""
     row = {"name": name, "action": action, "revision": card.revision, "library": url, "dry_run": dry_run}
-    told = f"{done(action, dry_run=dry_run)} {name} in {url}, revision {card.revision[:8]}{more}"
+    told = f"{done(action, dry_run=dry_run)} {name}{what} {at} {url}, revision {card.revision[:8]}{more}"
     print_done([row], [told], form)
 
 
-def print_unchanged(name: str, card: Card, url: str, *, form: Format) -> None:
+def print_unchanged(name: str, card: Card, url: str, *, form: Format, how: str = "") -> None:
     """That an expert is what it was asked to become."""
     row = {"name": name, "action": "equal", "revision": card.revision, "library": url}
-    print_done([row], [f"unchanged: {name} is in {url} at revision {card.revision[:8]}"], form)
+    print_done([row], [f"unchanged: {name} is in {url} {how or f'at revision {card.revision[:8]}'}"], form)
+
+
+def repaired_or_unchanged(library: ExpertLibrary, name: str, expert: Expert, *, dry_run: bool, form: Format) -> None:
+    """An expert that is there at the revision of `expert`: put again if its files there are damaged, else left."""
+    card, url = library.card(name), library.url
+    if damage(library, name) is None:
+        return print_unchanged(name, card, url, form=form)
+    if not dry_run:
+        library.add_expert(expert, name)
+    return print_change("repair", name, card, url, dry_run=dry_run, form=form, more="; its files were damaged")
 
 
 def print_copies(steps: Sequence[Copied], url: str, *, dry_run: bool, form: Format) -> None:

@@ -5,7 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mole.commands.library.done import print_done
 from mole.commands.library.opening import open_library
+from mole.experts import Card
+from mole.experts.damage import sound_cards
 from mole.experts.exporting import Form, export, export_map, files_of, left_out
 from mole.experts.filters import keep
 from mole.registry import config_dataclass
@@ -27,11 +30,12 @@ class LibraryExport:
     num_layers: Annotated[int, Field(ge=1)] | None = None
     allow_partial: bool = False
     dry_run: bool = False
+    json: bool = False
 
     def __post_init__(self) -> None:
         problems = []
         many = self.format == "adapter-weights"
-        if not isinstance(self.name, str) and not many:
+        if len(_names(self.name)) != 1 and not many:
             problems.append("name: several experts are exported as format=adapter-weights alone")
         if many and (self.revision or self.dtype or self.card):
             problems.append("format=adapter-weights writes addresses: revision, dtype and card are for folders")
@@ -43,17 +47,19 @@ class LibraryExport:
 
 
 def run(config: LibraryExport) -> None:
-    """Writes the folder or the file, whole or not at all; prints one line."""
+    """Writes the folder or the file, whole or not at all; prints one line, or with `json` the same as JSON."""
     library = open_library(config.library)
+    rows: dict[str, Card]
     dest = Path(config.dest).expanduser()
     if config.format == "adapter-weights":
-        cards = keep(library.cards(), {"names": config.name})
-        told = f"{len(cards)} addresses ({', '.join(cards)}) to {dest}"
+        rows = keep(sound_cards(library), {"names": _names(config.name)})
+        told = f"{len(rows)} addresses ({', '.join(rows)}) to {dest}"
         if not config.dry_run:
-            export_map(config.library, cards, dest)
+            export_map(config.library, rows, dest)
     else:
         assert isinstance(config.name, str)
         expert = library.get_expert(config.name, config.revision)
+        rows = {config.name: expert.card}
         fields = ("format", "dtype", "card", "model_type", "width", "num_layers", "allow_partial")
         form = Form(**{field: getattr(config, field) for field in fields})
         told = f"{config.name}, revision {expert.revision[:8]}, as {config.format} to {dest}"
@@ -63,4 +69,16 @@ def run(config: LibraryExport) -> None:
             told += f" ({', '.join(files_of(expert, config.name, form))})"
         else:
             export(expert, config.name, dest, form)
-    print(f"{'would write' if config.dry_run else 'wrote'} {told}")
+    facts = {"action": "export", "library": library.url, "dest": str(dest), "format": config.format}
+    print_done(
+        [{"name": n, **facts, "revision": card.revision, "dry_run": config.dry_run} for n, card in rows.items()],
+        [f"{'would write' if config.dry_run else 'wrote'} {told}"],
+        "json" if config.json else "table",
+    )
+
+
+def _names(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Names as a list has them; an operand `[a,b]` is one word by the time that it comes here."""
+    if isinstance(given, tuple):
+        return given
+    return tuple(name.strip() for name in given.removeprefix("[").removesuffix("]").split(",") if name.strip())

@@ -1,6 +1,7 @@
 """`mole library history`: the revisions of an expert."""
 
 from mole.commands.library.done import Format
+from mole.commands.library.naming import name_and_revision
 from mole.commands.library.opening import open_library
 from mole.commands.library.output import print_json, print_table
 from mole.registry import config_dataclass
@@ -8,7 +9,7 @@ from mole.registry import config_dataclass
 
 @config_dataclass
 class LibraryHistory:
-    """Which expert."""
+    """Which expert, as `name`, or `name@revision` for what came before that."""
 
     library: str
     name: str
@@ -17,7 +18,7 @@ class LibraryHistory:
 
 def run(config: LibraryHistory) -> None:
     """Prints the revisions, the current one first; `names` prints them alone."""
-    rows = open_library(config.library).history(config.name)
+    rows = open_library(config.library).history(*name_and_revision(config.name))
     if config.format == "json":
         print_json(rows)
     elif config.format == "names":

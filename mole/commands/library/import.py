@@ -1,9 +1,10 @@
 """`mole library import`: an adapter that others made, checked and rewritten, into a library."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from mole.commands.library.done import Format, print_change, print_unchanged
 from mole.commands.library.naming import own_name
 from mole.commands.library.opening import open_library
 from mole.experts.importing import Hints, import_expert
@@ -29,6 +30,7 @@ class LibraryImport:
     description: str = ""
     message: str = ""
     dry_run: bool = False
+    format: Format = "table"
 
 
 def run(config: LibraryImport) -> None:
@@ -40,13 +42,10 @@ def run(config: LibraryImport) -> None:
     library = open_library(config.library)
     adapter = expert.card.adapter or {}
     what = f"{adapter['method']}, {adapter['parameters']:,} parameters, for {expert.card.backbone.name}"
-    told = f"{name} ({what}) to {library.url}, revision {expert.revision[:8]}"
     if library.exists() and name in library and library.card(name).content == expert.card.content:
-        print(f"unchanged: {name} is in {library.url} with these weights")
-        return
+        return print_unchanged(name, library.card(name), library.url, form=config.format, how="with these weights")
     library.check_free(name)
-    if config.dry_run:
-        print(f"would import {told}")
-        return
-    library.add_expert(expert, name)
-    print(f"imported {told}")
+    if not config.dry_run:
+        library.add_expert(expert, name)
+    facts: dict[str, Any] = {"dry_run": config.dry_run, "form": config.format}
+    return print_change("import", name, expert.card, library.url, what=f" ({what})", at="to", **facts)

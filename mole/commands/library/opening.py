@@ -34,7 +34,9 @@ def open_library(address: str, *, create: bool = False, private: bool = True) ->
     settings = None
     if kind_of(address) == "hub":
         from mole.experts.backends.hub import HubConfig
+        from mole.experts.backends.hub_address import parse_hub_address
 
+        parse_hub_address(address)  # its error is plain; that of the settings repeats it in pydantic's words
         _quiet_client(address)
         settings = HubConfig(url=address, create=create, private=private)
     return ExpertLibrary.open(address, settings=settings, cache_dir=cache_dir())

@@ -35,7 +35,7 @@ def run(config: LibraryRemove) -> None:
         if name not in known:
             raise UnknownExpert(f"{library.url}: {unknown('expert', name, known)}")
     if config.dry_run:
-        cards = {name: library.card(name) for name in names}
+        cards = {name: library.look()[0].get(name) for name in names}
     else:
         if not config.yes and not _agreed(library, names):
             raise LibraryError("nothing was removed; add yes=true to remove without being asked")
@@ -43,11 +43,11 @@ def run(config: LibraryRemove) -> None:
             cards = {name: batch.remove_expert(name, expect=config.expect) for name in names}
     rows, lines = [], []
     for name, card in cards.items():
-        rows.append({"name": name, "action": "remove", "revision": card.revision, "library": library.url})
+        revision = None if card is None else card.revision  # of a damaged card nobody knows it
+        rows.append({"name": name, "action": "remove", "revision": revision, "library": library.url})
         what = done("remove", dry_run=config.dry_run)
-        lines.append(
-            f"{what} {name} from {library.url}, revision {card.revision[:8]}; its files stay {library.after_removal}"
-        )
+        at = "damaged" if revision is None else f"revision {revision[:8]}"
+        lines.append(f"{what} {name} from {library.url}, {at}; its files stay {library.after_removal}")
     print_done(rows, lines, config.format)
 
 

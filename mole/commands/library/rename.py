@@ -27,5 +27,5 @@ def run(config: LibraryRename) -> None:
     library.check_free(config.new)
     if not config.dry_run:
         library.rename_expert(config.old, config.new, expect=card.revision)
-    was = f" (was {config.old}; older revisions are found under that name)"
+    was = f" (was {config.old})"
     print_change("rename", config.new, card, library.url, dry_run=config.dry_run, form=config.format, more=was)

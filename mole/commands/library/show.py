@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from mole.commands.library.naming import name_and_revision
 from mole.commands.library.opening import open_library
 from mole.commands.library.output import print_json, print_table, size_text
 from mole.experts import Card
@@ -10,7 +11,7 @@ from mole.registry import config_dataclass
 
 @config_dataclass
 class LibraryShow:
-    """Which expert, and how its card is shown."""
+    """Which expert, as `name` or `name@revision`, and how its card is shown."""
 
     library: str
     name: str
@@ -21,13 +22,14 @@ class LibraryShow:
 def run(config: LibraryShow) -> None:
     """Prints the card: as a table, as it is (JSON), or the names of the files."""
     library = open_library(config.library)
-    card = library.card(config.name, config.revision)
+    name, revision = name_and_revision(config.name, config.revision)
+    card = library.card(name, revision)
     if config.format == "json":
         print_json(card.to_dict())
     elif config.format == "names":
         print("\n".join(card.files))
     else:
-        kept = [] if config.revision else library.artefacts(config.name)
+        kept = [] if revision else library.artefacts(name)
         rows = [(f"artefact {row.card.kind}", f"{row.card.key[:16]}, {size_text(row.card.size)}") for row in kept]
         print_table(("field", config.name), [*_rows(card), *rows])
 

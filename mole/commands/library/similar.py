@@ -10,7 +10,8 @@ from torch import Tensor
 from mole.adapters import Adapter
 from mole.commands.library.output import print_json, print_table
 from mole.experts import ExpertLibrary
-from mole.experts.clustering import mbc, random_clusters
+from mole.experts.clustering import MOST, mbc, random_clusters
+from mole.experts.damage import sound_cards
 from mole.experts.retrieval import nearest
 from mole.experts.similarity import cosines, gram, interference, parameter_embedding, svd_embedding
 from mole.registry import config_dataclass, unknown
@@ -25,7 +26,7 @@ class LibrarySimilar:
     show: Literal["cosines", "nearest", "clusters", "interference"] = "cosines"
     to: str | None = None
     k: Annotated[int, Field(ge=1)] = 5
-    clusters: Annotated[int, Field(ge=1)] = 10
+    clusters: Annotated[int, Field(ge=1)] | None = None
     by: Literal["updates", "embedding", "parameters", "chance"] = "updates"
     num_components: Annotated[int, Field(ge=1)] = 64
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -52,13 +53,14 @@ def run(config: LibrarySimilar) -> None:
     """Prints cosines of all pairs, the nearest to one, clusters, or how experts get in each other's way."""
     library = ExpertLibrary.open(config.library)
     names = _names(config, library)
+    count = config.clusters or min(MOST, len(names))
     if config.show == "clusters" and config.by == "chance":
-        return _print_clusters(config, random_clusters(names, config.clusters, seed=config.seed))
+        return _print_clusters(config, random_clusters(names, count, seed=config.seed))
     experts = {name: library.get_expert(name).adapter for name in names}
     if config.show == "interference":
         return _print_rows(config, [dataclasses.asdict(row) for row in interference(experts)])
     if config.show == "clusters":
-        return _print_clusters(config, mbc(_embedding(config, experts), names, config.clusters, seed=config.seed))
+        return _print_clusters(config, mbc(_embedding(config, experts), names, count, seed=config.seed))
     table = _likeness(config, experts)
     if config.to is None:
         rows = [
@@ -75,7 +77,7 @@ def run(config: LibrarySimilar) -> None:
 
 
 def _names(config: LibrarySimilar, library: ExpertLibrary) -> list[str]:
-    cards = library.cards()
+    cards = sound_cards(library, [*(config.experts or ()), *([config.to] if config.to else [])])
     known = [name for name, card in cards.items() if card.kind == "adapter"]
     wanted = list(dict.fromkeys(config.experts or known))
     for name in [*wanted, *([config.to] if config.to else [])]:

@@ -59,6 +59,14 @@ class Backend(Protocol):
         """The card of an expert, or of an old revision of it. Raises NoLibrary, UnknownExpert, Damaged."""
         ...
 
+    def version(self, name: str) -> Version | None:
+        """The version of what is at a name, also where its card is damaged; None if nothing is. Raises NoLibrary."""
+        ...
+
+    def bearers(self, revision: str) -> list[str]:
+        """Names under which a whole revision was published once: those of an expert that was renamed since."""
+        ...
+
     def read_cards(self, names: Iterable[str]) -> Iterator[tuple[str, Card | Exception]]:
         """The cards of many, in the order of names, or the Damaged that one is; those removed meanwhile are left out.
 

@@ -105,6 +105,16 @@ class BlobBackend:
         keys = (row.key.rpartition("/")[2] for row in self._store.rows(f"past/{name}"))
         return [key.removesuffix(".json") for key in keys]
 
+    def version(self, name: str) -> str | None:
+        data, version = self._current(self._entries.check_name(name))
+        if data is None:
+            self._must_exist()
+        return None if data is None else version
+
+    def bearers(self, revision: str) -> list[str]:
+        tail = f"/{check_revision(revision)}.json"
+        return sorted({row.key.split("/")[1] for row in self._store.rows("past") if row.key.endswith(tail)})
+
     def read_cards(self, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
         rest = iter(names)
         with ThreadPoolExecutor(_AT_ONCE) as pool:

@@ -23,7 +23,7 @@ from mole.experts.backends.hub_address import DEFAULT_BRANCH, HubAddress, check_
 from mole.experts.backends.hub_address import check_revision as check_branch
 from mole.experts.backends.hub_reading import Row, check_rows
 from mole.experts.backends.hub_requests import Missing, Patience, scrub_text
-from mole.experts.backends.hub_writing import Batch, Entry, HubWriting, revisions_of
+from mole.experts.backends.hub_writing import Batch, Entry, HubWriting, paths_at, revisions_of
 from mole.experts.card import MAX_CARD_BYTES
 from mole.experts.errors import Conflict, Damaged, NoLibrary, ReadOnly, UnknownExpert
 from mole.experts.schema import README_FILE
@@ -120,6 +120,16 @@ class HubBackend:
         if not found:
             raise Damaged(f"{self.url}/{name}: the Hub gives the card and denies its folder")
         return found[self._path(name)].oid
+
+    def version(self, name: str) -> str | None:
+        found = self._hub.paths(self.head(), [self._path(self._entries.check_name(name))])
+        return found[self._path(name)].oid if found else None
+
+    def bearers(self, revision: str) -> list[str]:
+        check_revision(revision)
+        said = {path for change in self._hub.history(self._revision) for path in paths_at(change, revision)}
+        found = {path.removeprefix(self._prefix) for path in said if path.startswith(self._prefix)}
+        return sorted(name for name in found if self._entries.is_name(name))
 
     def read_cards(self, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
         names = [self._entries.check_name(name) for name in names]

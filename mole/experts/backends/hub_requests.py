@@ -22,6 +22,7 @@ from mole.experts.errors import Damaged, LibraryError, NoLibrary, ReadOnly, Unre
 from mole.secrets import scrub
 from mole.untrusted import shown
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_ANSWER_BYTES = 16 << 20
@@ -153,14 +154,21 @@ class HubRequests:
     def ask(self, method: str, url: str, take: Callable[[Any], T], *, same_host: bool, **more: Any) -> T:
         """What `take` makes of the answer; the Hub is asked again while it is busy."""
         problem: LibraryError = Unreachable(f"{self.what}: not reached")
-        for wait in self.patience.pauses(0.1):
+        for number, wait in enumerate(self.patience.pauses(0.1)):
             try:
                 return self._follow(method, url, take, same_host=same_host, **more)
             except Busy as error:
                 problem, after = error.problem, error.after
+                if number == 0:
+                    self.tell_of_waiting(error, self.patience.total * 0.1)
             if not wait(after):
                 break
         raise problem
+
+    def tell_of_waiting(self, error: Busy, seconds: float) -> None:
+        """A line in the log, once: without it a Hub that does not answer looks like a program that hangs."""
+        level = logging.INFO if error.status in (409, 412) else logging.WARNING  # others write too: that passes
+        logger.log(level, "%s; it is asked again for up to %.0f s", error.problem, seconds)
 
     def _follow(self, method: str, url: str, take: Callable[[Any], T], *, same_host: bool, **more: Any) -> T:
         for _ in range(_MOST_REDIRECTS):

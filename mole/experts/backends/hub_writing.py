@@ -67,6 +67,11 @@ def revisions_of(change: Change, path: str) -> tuple[list[str], bool]:
     return [revision for at, revision in lines if at == path and revision], bool(_NUMBER.search(change.text))
 
 
+def paths_at(change: Change, revision: str) -> list[str]:
+    """The paths at which a commit says to have put a revision."""
+    return [at for at, one in _LINE.findall(change.text) if one == revision]
+
+
 class HubWriting(HubReading):
     """Commits to one branch."""
 
@@ -77,7 +82,7 @@ class HubWriting(HubReading):
         """
         uncertain = False
         problem: LibraryError = Unreachable(f"{self.what}: not reached")
-        for wait in self.patience.pauses():
+        for number, wait in enumerate(self.patience.pauses()):
             try:
                 head = self._head(branch, create, private)
                 todo, page = self._todo(head, batch)
@@ -86,6 +91,8 @@ class HubWriting(HubReading):
                 return self._send(branch, head, todo, page, batch)
             except Busy as error:
                 uncertain, problem, after = uncertain or error.status not in (409, 412), error.problem, error.after
+                if number == 0:
+                    self.tell_of_waiting(error, self.patience.total)
             except Conflict:
                 if uncertain and (landed := self._landed(branch, batch)):
                     return landed

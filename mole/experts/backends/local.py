@@ -77,6 +77,14 @@ class LocalBackend:
         data = self._find(self._entries.check_name(name), revision)[1]
         return self._entries.parse(data, f"{self.url}/{name}"), _version(data)
 
+    def version(self, name: str) -> str | None:
+        self._must_exist()
+        data = self._look(self._entries.check_name(name))[1]
+        return None if data is None else _version(data)
+
+    def bearers(self, revision: str) -> list[str]:
+        return sorted(path.parent.name for path in (self._aside / "history").glob(f"*/{check_revision(revision)}"))
+
     def read_cards(self, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
         self._must_exist()
         for name in names:
@@ -180,15 +188,25 @@ class LocalBackend:
                 self._folder.keep(name, home)
                 folders.sync(self.root)
             return ""
-        if there is not None and self._folder.revision(there) == card.revision:
-            return _version(there)
+        same = there is not None and self._folder.revision(there) == card.revision
+        if same and self._is_sound(home, card):
+            return _version(card.to_bytes())
         if there is not None:
             os.rename(home, old)
         os.rename(stage, home)
         folders.sync(self.root)
         if there is not None:
-            self._folder.keep(name, old)
+            self._folder.keep(name, old, damaged=same)
         return _version(card.to_bytes())
+
+    def _is_sound(self, home: Path, card: Any) -> bool:
+        try:
+            folders.check_entries(home, card, self._entries)
+            folders.check_sizes(home, card)
+            folders.check_content(home, card)
+        except (Damaged, Refused, OSError):
+            return False
+        return True
 
     def verify(self, name: str, *, quick: bool = False) -> Any:
         for _ in range(_COPIES - 1):

@@ -78,9 +78,13 @@ class LocalFolder:
         except Damaged:
             return None
 
-    def keep(self, name: str, folder: Path) -> None:
-        """Move a revision that is current no longer into the history; one that is there already was the same."""
-        revision = self.revision(self.read(folder) or b"") or f"damaged-{uuid.uuid4().hex}"
+    def keep(self, name: str, folder: Path, *, damaged: bool = False) -> None:
+        """Move a revision that is current no longer into the history; one that is there already was the same.
+
+        `damaged`: its files are not what its card says, so it is no revision.
+        """
+        known = None if damaged else self.revision(self.read(folder) or b"")
+        revision = known or f"damaged-{uuid.uuid4().hex}"
         place = self.aside / "history" / name / revision
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.exists():

@@ -71,9 +71,12 @@ class Nevergrad:
     def __init__(self, name: str, num_experts: int, *, bound: float, budget: int, seed: int):
         try:
             import nevergrad  # type: ignore[import-not-found]
-        except ImportError:
+        except ImportError as missing:
+            own = (missing.name or "nevergrad").partition(".")[0] == "nevergrad"
+            lacking = "" if own else f", which lacks {missing.name}"
             raise ValueError(
-                "mole lorahub searches with the package nevergrad: pip install 'mole-experts[lorahub]'"
+                f"mole lorahub searches with the package nevergrad{lacking}: pip install 'mole-experts[lorahub]'"
+                + ("" if own else f" {missing.name}")
             ) from None
         if name not in nevergrad.optimizers.registry:
             known = ", ".join(n for n in ("NGOpt", "CMA", "DE", "TwoPointsDE", "OnePlusOne", "PSO", "RandomSearch"))

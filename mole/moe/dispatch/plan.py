@@ -58,6 +58,17 @@ class ExpertPlan:
             )
         return out
 
+    def alike(self, outputs: Sequence[tuple[int, Tensor]], leading: int) -> None:
+        """Raises ValueError if the outputs of two experts (index, [*leading, *out]) cannot be added up."""
+        for index, out in outputs[1:]:
+            first, one = outputs[0]
+            if out.shape[leading:] != one.shape[leading:]:
+                names = [f"{i} ({type(self.experts[i]).__name__})" for i in (first, index)]
+                raise ValueError(
+                    f"expert {names[0]} gives {tuple(one.shape[leading:])} for a token and expert {names[1]} "
+                    f"{tuple(out.shape[leading:])}: the outputs of all experts must have one shape"
+                )
+
     def nothing(self, x: Tensor) -> Tensor:
         """[0, *out]: what an expert gives for no rows."""
         with quietly([self.experts[0]], x.device):

@@ -17,7 +17,7 @@ def zeros(plan: ExpertPlan, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
 
     Each expert that anybody chose runs on x with the other tokens at zero.
     """
-    lead, total = x.shape[:-1], None
+    lead, total, first = x.shape[:-1], None, None
     counts = _counts(ids, plan.num_experts)
     for index, count in enumerate(counts):
         if not count:
@@ -25,6 +25,8 @@ def zeros(plan: ExpertPlan, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         mine = ids == index
         kept = x * mine.any(-1).view(*lead, 1).to(x.dtype)
         out = plan.checked(index, plan.forward(plan.experts[index], kept), x, len(lead))
+        first = first or (index, out.detach())
+        plan.alike([first, (index, out)], len(lead))
         gates = torch.where(mine, weights, 0.0).sum(-1)
         share = gated(out.flatten(0, len(lead) - 1), gates).view(out.shape)
         total = share if total is None else total + share
@@ -43,7 +45,7 @@ def sequences(
     """
     batch, length = x.shape[:2]
     counts = _counts(ids, plan.num_experts)
-    flat, y = x.reshape(batch * length, x.shape[-1]), None
+    flat, y, first = x.reshape(batch * length, x.shape[-1]), None, None
     for index, count in enumerate(counts):
         if not count:
             continue
@@ -59,6 +61,8 @@ def sequences(
         out = plan.checked(
             index, plan.forward(expert, given) if masked is None else masked(expert, given, mask), given, 2
         )
+        first = first or (index, out.detach())
+        plan.alike([first, (index, out)], 2)
         gates = torch.where(ids == index, weights, 0.0).sum(-1)
         share = gated(out[mask], gates.index_select(0, tokens[mask]))
         start = out.new_zeros(batch * length, *out.shape[2:]) if y is None else y

@@ -40,9 +40,8 @@ class ExpertChoice(ScoringRouter):
                 z = self._drawn(kept, valid, size).transpose(1, 2)
                 values = values.masked_fill(z.detach() < 0.5, float("-inf"))
             best = largest(values, most)
-            taken = (torch.arange(most, device=best.device) < size[:, None, None]) & torch.isfinite(
-                values.gather(-1, best)
-            )
+            open_ = values.gather(-1, best) != float("-inf")  # NaN is no mask: it goes on to the output
+            taken = (torch.arange(most, device=best.device) < size[:, None, None]) & open_
             chosen = torch.zeros(values.shape, dtype=torch.bool, device=best.device).scatter(-1, best, taken)
             chosen = chosen.transpose(1, 2)  # [B, T, E']
             gates = torch.where(chosen, log_p.masked_fill(~chosen, 0.0).exp(), 0.0)

@@ -42,7 +42,7 @@ class TopK(ScoringRouter):
                 ids = largest(self._values(log_a.detach()), config.k)
                 log_gates = log_a.gather(-1, ids)
                 gates = log_gates.exp()
-            filled = torch.isfinite(kept.detach().gather(-1, ids))
+            filled = log_a.detach().gather(-1, ids) != float("-inf")  # NaN is no mask: it goes on to the output
             if config.normalises:
                 weights = self._shares(gates, log_gates, filled)
             else:

@@ -88,7 +88,8 @@ class _Handler(BaseHTTPRequestHandler):
     def passed_on(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         dropped = {"connection"} | ({"if-match", "if-none-match"} if self.server.deaf else set())
         headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
-        upstream = http.client.HTTPConnection(str(self.server.upstream.hostname), self.server.upstream.port, timeout=30)
+        place = self.server.upstream
+        upstream = http.client.HTTPConnection(str(place.hostname), place.port, timeout=120)
         try:
             upstream.request(self.command, self.path, body, headers)
             reply = upstream.getresponse()

@@ -36,7 +36,7 @@ def served(command: list[str], log: Path, **environment: str) -> Iterator[str]:
             command, stdout=output, stderr=output, cwd=log.parent, env={**os.environ, **environment}
         )
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while not (found := re.search(rb"(http://127\.0\.0\.1:[1-9]\d*)\s", log.read_bytes())):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < until, log.read_text()
@@ -123,8 +123,8 @@ def store_of(kind: str, address: object, name: str, *, retries: int = 3):
     pause = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
     options = {
         "endpoint": address,
-        "client_options": {"allow_http": True, "timeout": "20s"},
-        "retry_config": {"max_retries": retries, "retry_timeout": timedelta(seconds=20), "backoff": pause},
+        "client_options": {"allow_http": True, "timeout": "120s"},
+        "retry_config": {"max_retries": retries, "retry_timeout": timedelta(seconds=120), "backoff": pause},
     }
     if kind == "s3":
         return S3Store(name, access_key_id="k", secret_access_key="s", region="us-east-1", **options)

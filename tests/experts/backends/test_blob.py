@@ -110,7 +110,7 @@ def test_of_two_writers_that_have_seen_the_same_state_one_wins(backend, folders,
         found = real(store, key, most)
         looks.number = getattr(looks, "number", 0) + (key == "cards/mrpc.json")
         if key == "cards/mrpc.json" and looks.number <= 2:  # before anything is sent, and right before the card is
-            together.wait(timeout=30)
+            together.wait(timeout=120)
         return found
 
     def work(folder):

@@ -1,14 +1,25 @@
 """The laws of a backend, for every backend. A new one joins as one more kind of place."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 from servers import PLACES
 
-from mole.experts import Conflict, Damaged, LibraryError, NoLibrary, Refused, UnknownExpert, read_card
+from mole.experts import (
+    Conflict,
+    Damaged,
+    ExpertLibrary,
+    LibraryError,
+    NoLibrary,
+    Refused,
+    UnknownExpert,
+    load_expert,
+    read_card,
+)
 from mole.experts.artefact_card import new_artefact
 from mole.experts.backends import Change
-from mole.experts.backends.entries import ARTEFACTS
+from mole.experts.backends.entries import ARTEFACTS, EXPERTS
 from mole.experts.card import bytes_facts
 from mole.experts.folder import write_card
 
@@ -380,3 +391,40 @@ def test_a_backend_says_how_long_removed_bytes_remain_and_that_it_can_be_written
     backend.check_writable()
     backend.publish("mrpc", folders())
     backend.check_writable()
+
+
+def test_what_is_damaged_has_a_version_by_which_it_is_replaced_or_removed(backend, folders, monkeypatch):
+    def parse(data, where):
+        if where == f"{backend.url}/mrpc" and data == (folders(0) / "expert.json").read_bytes():
+            raise Damaged(f"{where}: damaged")
+        return EXPERTS.parse(data, where)
+
+    backend.publish("mrpc", folders(0))
+    monkeypatch.setattr(backend, "_entries", replace(EXPERTS, parse=parse))
+    library = ExpertLibrary(backend)
+    with pytest.raises(Damaged):
+        backend.card("mrpc")
+    with pytest.raises(Damaged, match="mole library remove"):
+        library.rename_expert("mrpc", "other")
+    library.update_expert("mrpc", load_expert(folders(1)))
+    assert library.card("mrpc") == read_card(folders(1))
+    backend.publish("mrpc", folders(0), backend.version("mrpc"))
+    assert library.remove_expert("mrpc") is None
+    assert backend.version("mrpc") is None
+    assert library.names() == []
+
+
+def test_old_revisions_are_found_under_the_name_that_an_expert_has_now(backend, folders, tmp_path):
+    library = ExpertLibrary(backend)
+    first = library.add_expert(load_expert(folders(0)), "old")
+    second = library.update_expert("old", load_expert(folders(1)))
+    library.rename_expert("old", "new")
+    assert backend.bearers(first.revision) == ["old"]
+    assert library.card("new", first.revision[:8]) == first
+    library.get_expert("new", first.revision[:8]).save(tmp_path / "saved")
+    assert content(tmp_path / "saved").keys() == content(folders(0)).keys()
+    restored = library.restore_expert("new", first.revision[:8])
+    assert restored.content == first.content
+    assert [row["revision"] for row in restored.history] == [second.revision, first.revision]
+    with pytest.raises(UnknownExpert):
+        library.card("new", "0" * 64)

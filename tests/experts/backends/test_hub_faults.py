@@ -1,6 +1,7 @@
 """The Hub is busy, moves on, loses answers while it is written: each expert is old or new then, and nothing is lost."""
 
 import json
+import logging
 import threading
 import time
 from dataclasses import replace
@@ -199,3 +200,12 @@ def test_threads_with_objects_of_their_own_lose_nothing(hub_backend, repo, folde
     assert failed == []
     assert len(hub_backend.cards()) == 8
     assert len(repo.log()) == 9
+
+
+def test_a_hub_that_does_not_answer_is_told_once_while_it_is_asked_again(hub_backend, hub, repo, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mole"), "propagate", True)
+    hub.faults[:] = [Fault("GET .*/api/models/.*", status=503, times=3)]
+    with caplog.at_level(logging.INFO, "mole"):
+        hub_backend.cards()
+    told = [record for record in caplog.records if "it is asked again for up to" in record.message]
+    assert len(told) == 1
