@@ -18,8 +18,10 @@ def inputs_of(
 ) -> dict[str, Any]:
     """The backbone's inputs: of the `named` ones those that are given and that it takes, all `others`.
 
-    Raises ValueError for a cache that is none of transformers', and for one of a backbone that takes none.
+    Raises ValueError for a cache that is none of transformers', for one of a backbone that takes none, and for a
+    mixture that is taken apart.
     """
+    check_standing(model)
     cache = named["past_key_values"]
     if cache is not None and not isinstance(cache, Cache):
         raise ValueError(

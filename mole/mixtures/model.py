@@ -20,7 +20,7 @@ from mole.adapters import Adapter
 from mole.backbones.modules import device_of
 from mole.mixtures import checkpointing, trainable
 from mole.mixtures.auxiliary_losses import add_losses, as_tuple
-from mole.mixtures.forward_inputs import check_standing, check_supervision, inputs_of, wants_tuple
+from mole.mixtures.forward_inputs import check_supervision, inputs_of, wants_tuple
 from mole.mixtures.forward_routing import given_routing, route
 from mole.mixtures.generation import Generation
 from mole.mixtures.listening import Listener, Observer, report
@@ -199,7 +199,6 @@ class MultiExpertModel(nn.Module, Generation):
         [B, T], -100: none; of packed rows one for each sample) tells the right experts, else the tasks do. `routing` is
         spent in the place of the router's, as in `fixed_routing`.
         """
-        check_standing(self)
         check_supervision(self, expert_labels)
         given = {
             "input_ids": input_ids,

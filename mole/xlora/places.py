@@ -25,9 +25,10 @@ from mole.untrusted import (
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # What PEFT's filter ("lora_" and the adapter's name in a key) lets into the folder of an expert of the original X-LoRA:
-# tensors of the router, and those of other experts, if experts are numbered.
+# tensors of the router, and those of other experts, if experts are numbered. PEFT's own X-LoRA puts its whole
+# `lora_model` there.
 _FOREIGN = re.compile(
-    r"(?:.*\.)?internal_xlora_classifier\..*|.*\.lora_(?:embedding_)?(?:A|B|magnitude_vector)\.\d+(?:\.(?:weight|bias))?"
+    r"(?:.*\.)?internal_xlora_classifier\..*|base_model\.lora_model\..*|.*\.lora_(?:embedding_)?(?:A|B|magnitude_vector)\.\d+(?:\.(?:weight|bias))?"
 )
 _HOW = (
     "mole reads safetensors only, as a pickle can run any program that its author put inside. If you trust the file, "

@@ -177,3 +177,13 @@ def test_gradients_with_checkpointing_equal_those_without(pair):
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
     assert all((grad - found[1][n]).abs().max() <= 1e-5 * grad.abs().max() for n, grad in found[0].items())
+
+
+def test_a_config_that_asks_for_tuples_is_followed(tmp_path):
+    one = case("t5", tmp_path)
+    with torch.no_grad():
+        want = one.model(**one.inputs).logits
+        one.model.config.return_dict = False
+        found = one.model(**one.inputs)
+    assert isinstance(found, tuple)
+    assert torch.equal(found[0], want)

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from xlora_cases import SITES, build, llama, logits, lora, write_expert
 
 from mole import xlora
+from mole.adapters.peft_format import WEIGHTS
+from mole.xlora.places import find_expert
 
 FIELDS = {"layerwise_scalings": True, "xlora_depth": 3, "xlora_size": 8}
 
@@ -72,6 +74,17 @@ def test_router_tensors_and_other_numbered_experts_in_an_expert_folder_are_left_
         edit(folder / str(index) / "adapter_model.safetensors", pollute)
     assert any(".lora_A.1." in name for name in load_file(folder / "0" / "adapter_model.safetensors"))
     assert torch.equal(load(folder), want)
+
+
+def test_a_folder_in_which_peft_s_x_lora_left_its_whole_model_is_no_expert(folders, tmp_path):
+    folder = tmp_path / "0"
+    shutil.copytree(folders["law"], folder)
+    whole = load_file(folder / "adapter_model.safetensors")
+    inner = {name.replace("base_model.", "base_model.lora_model.", 1): tensor for name, tensor in whole.items()}
+    save_file(inner | {"base_model.internal_xlora_classifier.layers.0.bias": torch.ones(3)}, folder / WEIGHTS)
+    assert find_expert(folder, "here") is None
+    with pytest.raises(ValueError, match="expected LoRA tensors of an expert, found none.*adapters={name: path}"):
+        xlora.add_xlora_to_model(llama(), xlora.xLoRAConfig(), {"0": str(folder)})
 
 
 def test_hub_sub_paths_are_found_beside_the_config(parts, folders):

@@ -70,6 +70,13 @@ class Bank(nn.Module):
         self._make_tables(torch.device("cpu") if first is None else first.device)
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Contiguous copies where the bank keeps views, as trainers hand the tensors to safetensors."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            own = [f"{prefix}{name}" for name, parameter in self._parameters.items() if parameter is not None]
+            destination.update({name: destination[name].contiguous() for name in own})
+
     def spend(self, *, combine: str = "outputs", missing: str = "drop", among: Iterable[int] | None = None) -> None:
         """How routings are spent from now on.
 
