@@ -84,7 +84,8 @@ class _Reader:
 
     def _path(self, error: Any) -> tuple[str, ...]:
         """The dotted key of an error: pydantic's location less the names of union members."""
-        path, here, entered = [], self.node, False
+        path, entered = [], False
+        here: Any = self.node
         for position, part in enumerate(error["loc"]):
             names_member = entered and isinstance(here, Mapping) and part == here.get("name")
             entered = False

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from mole.adapters import Adapter
 from mole.mixtures import trainable
+from mole.mixtures.bare import BareCalls
 from mole.mixtures.forward_routing import given_routing, route
 from mole.mixtures.generation import Generation
 from mole.mixtures.listening import Listener, Observer, report
@@ -98,6 +99,7 @@ class MultiExpertModel(nn.Module, Generation):
         try:
             build_router(self)
             self.set_trainable(train)
+            self._bare_calls = BareCalls(self)
         except ValueError:
             self.unload()
             raise
@@ -161,6 +163,8 @@ class MultiExpertModel(nn.Module, Generation):
 
     def unload(self) -> PreTrainedModel:
         """Gives the backbone back: every wrapped module is the object that it was."""
+        if "_bare_calls" in vars(self):  # not where the router did not fit
+            self._bare_calls.remove()
         unwrap(self.backbone, {**self.layers, **self.stand_ins})
         self.layers, self.stand_ins = {}, {}
         return self.backbone
