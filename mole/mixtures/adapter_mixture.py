@@ -1,7 +1,8 @@
 """The mixture layer: y = base(x) + Σ_e w_e δ_e(x), at one module of the backbone. There is only this one.
 
 It knows neither how a routing is made nor what an expert is: the bank holds the experts, the context's current frame
-has the routing. Outside a frame, or with the experts off, it is the wrapped module, bit for bit.
+has the routing. Outside a frame, or with the experts off, it is the wrapped module, bit for bit; a call of the whole
+backbone has a frame (see bare.py).
 """
 
 from __future__ import annotations

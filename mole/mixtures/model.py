@@ -20,6 +20,7 @@ from mole.adapters import Adapter
 from mole.backbones.modules import device_of
 from mole.mixtures import checkpointing, trainable
 from mole.mixtures.auxiliary_losses import add_losses, as_tuple
+from mole.mixtures.bare import BareCalls
 from mole.mixtures.forward_inputs import check_supervision, inputs_of, wants_tuple
 from mole.mixtures.forward_routing import given_routing, route
 from mole.mixtures.generation import Generation
@@ -101,6 +102,7 @@ class MultiExpertModel(nn.Module, Generation):
             checkpointing.bind(backbone, self.context)
             build_router(self)
             self.set_trainable(train)
+            self._bare_calls = BareCalls(self)
         except ValueError:
             self.unload()
             raise
@@ -164,6 +166,8 @@ class MultiExpertModel(nn.Module, Generation):
 
     def unload(self) -> PreTrainedModel:
         """Gives the backbone back: every wrapped module is the object that it was."""
+        if "_bare_calls" in vars(self):  # not where the router did not fit
+            self._bare_calls.remove()
         unwrap(self.backbone, {**self.layers, **self.stand_ins})
         self.layers, self.stand_ins = {}, {}
         return self.backbone

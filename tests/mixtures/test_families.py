@@ -92,7 +92,7 @@ def test_with_the_experts_off_or_at_weight_0_it_is_the_backbone_bit_for_bit(fami
             assert torch.equal(family.model(**family.inputs).logits, want)
         with family.model.fixed_routing({}):
             assert torch.equal(family.model(**family.inputs).logits, want)
-        assert torch.equal(family.model.backbone(**family.inputs).logits, want)
+            assert torch.equal(family.model.backbone(**family.inputs).logits, want)
 
 
 def test_the_routing_pass_ends_in_the_last_hidden_state(family):

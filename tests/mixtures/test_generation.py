@@ -118,13 +118,14 @@ def test_caches_that_cannot_go_on_are_refused(name, prompts):
     ids = prompts["input_ids"][1:]
     foreign = DynamicCache(config=model.config)
     with torch.no_grad():
-        model.backbone(input_ids=ids, past_key_values=foreign, use_cache=True)
+        with model.experts_off():
+            model(input_ids=ids, past_key_values=foreign, use_cache=True)
         with pytest.raises(ValueError, match="starts from an empty cache"):
             model(input_ids=ids[:, :1], past_key_values=foreign, use_cache=True)
         pair = model(input_ids=ids, use_cache=True).past_key_values
         with model.experts_off(), pytest.raises(ValueError, match="routing pass"):
             model(input_ids=ids[:, :1], past_key_values=pair, use_cache=True)
-        with pytest.raises(RuntimeError, match="no mixture with a routing pass"):
+        with model.experts_off(), pytest.raises(RuntimeError, match="no mixture with a routing pass"):
             model.backbone(input_ids=ids[:, :1], past_key_values=pair, use_cache=True)
         model.router.classifier[0].bias.add_(1.0)
         with pytest.raises(ValueError, match="changed since this cache was filled"):

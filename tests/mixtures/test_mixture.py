@@ -63,11 +63,6 @@ def test_without_experts_it_is_the_backbone_bit_for_bit(any_mixture, batch):
     assert not torch.allclose(logits(any_mixture, batch), want)
 
 
-def test_the_backbone_alone_is_the_plain_backbone(any_mixture, batch):
-    plain = {k: batch[k] for k in list(batch)[:2]}
-    assert torch.equal(logits(any_mixture.backbone, plain), logits(llama(), plain))
-
-
 def test_unload_gives_back_the_same_objects(batch):
     backbone = llama()
     before = dict(backbone.named_modules())
@@ -337,3 +332,30 @@ def test_data_parallel_copies_are_refused_with_the_reason():
     first = next(mixture("top_k").modules())  # torch.nn.parallel.replicate asks every module for a copy
     with pytest.raises(ValueError, match="nn.DataParallel copies a model.*use one process per device"):
         first._replicate_for_data_parallel()
+
+
+@pytest.mark.parametrize("name", ["uniform", "top_k", "top_k_all"])
+def test_the_backbone_called_by_itself_works_under_routers_that_need_no_more(name, batch):
+    model = mixture(name)
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    want = logits(model, batch)
+    model.listeners.append(seen := Seen())
+    with torch.no_grad():
+        assert torch.equal(model.backbone(**inputs).logits, want)
+        assert torch.equal(copy.deepcopy(model).backbone(inputs["input_ids"], inputs["attention_mask"]).logits, want)
+        assert seen.records == []
+        with pytest.raises((IndexError, RuntimeError)):
+            model.backbone(input_ids=torch.tensor([[10**6]]))
+        assert model.context.current is None
+        with model.experts_off():
+            assert torch.equal(model.backbone(**inputs).logits, llama()(**inputs).logits)
+        assert torch.equal(model.unload()(**inputs).logits, llama()(**inputs).logits)
+
+
+@pytest.mark.parametrize(("name", "needs"), [("task", "task_names"), ("xlora", "hidden_states")])
+def test_the_backbone_called_by_itself_is_refused_under_routers_that_need_more(name, needs, batch):
+    model = mixture(name)
+    with pytest.raises(ValueError, match=f"router={name} needs {needs}, which a call of the backbone by itself"):
+        model.backbone(input_ids=batch["input_ids"])
+    assert model.context.current is None
+    assert torch.equal(logits(model, batch), logits(mixture(name), batch))

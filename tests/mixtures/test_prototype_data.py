@@ -87,9 +87,10 @@ def test_mean_inputs_are_those_of_the_backbone_s_own_hidden_states(pool, expert)
 def test_looking_at_inputs_leaves_the_model_as_it_was():
     model = mixture(AverageActivationConfig(), train="experts").train()
     before, flags = snapshot(model), [m.training for m in model.modules()]
+    hooks = [list(m._forward_pre_hooks) for m in model.modules()]
     list(module_inputs(model, samples()[:2]))
     assert [m.training for m in model.modules()] == flags
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert [list(m._forward_pre_hooks) for m in model.modules()] == hooks
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
