@@ -55,8 +55,9 @@ def add_experts_from_library(
     new = experts_of(library, None if where is None else _kept(library, where))
     if taken := [name for name in new if name in model.expert_names]:
         raise LibraryError(f"{', '.join(taken)}: in the mixture already; say where={{'names': […]}} for the others")
-    for expert in new.values() if backbone is not None else ():
-        check_backbone(expert.card, backbone.name, backbone.shapes)
+    if backbone is not None:
+        for expert in new.values():
+            check_backbone(expert.card, backbone.name, backbone.shapes)
     adapters = {name: expert.adapter for name, expert in new.items()}
     parts = take_apart(model)
     tasks = {**parts.tasks, **{name: expert.card.tasks for name, expert in new.items()}}
