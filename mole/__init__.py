@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 # Public name → module. Nothing is imported before it is asked for: `mole --help` must not load torch.
 _PUBLIC: dict[str, str] = {
     "ExpertLibrary": "mole.experts",
+    "ExpertTrainer": "mole.commands.expert_trainer",
     "HFExpertLibrary": "mole.experts",
     "LocalExpertLibrary": "mole.experts",
     "MultiExpertModel": "mole.mixtures",

@@ -8,6 +8,7 @@ import logging
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from mole.data import IGNORED, Sample, epoch_order, spread
 from mole.evaluation import mean_loss, total
 from mole.mixtures import MultiExpertModel
 from mole.mixtures.preparing.gating import MeanGate, gated
+from mole.mixtures.preparing.kept import KeptPrototypes, routed
 from mole.mixtures.preparing.prototype_data import (
     give_prototypes,
     prepare_average_activations,
@@ -43,17 +45,22 @@ def prepare(
     training: TrainingConfig,
     accelerator: Any,
     run: RunFolder,
+    *,
+    kept: KeptPrototypes | None = None,
 ) -> dict[str, Any]:
     """Gives the model's routers what they are made of, for the experts that they do not know yet; returns facts of it.
 
-    `training` says how to compute (precision, clipping, checkpointing), not how long. Raises ValueError for an expert
-    of whose tasks there is no sample.
+    `training` says how to compute (precision, clipping, checkpointing), not how long. `kept`: where gates and average
+    activations are looked for and stored; several processes make them anew, as each could find something else there.
+    Raises ValueError for an expert of whose tasks there is no sample.
     """
     config = model.router_config
+    if kept is not None and accelerator.num_processes > 1:
+        kept = None
     if config.name == "phatgoose":
-        return _train_gates(model, samples, collate, training, accelerator, run)
+        return _train_gates(model, samples, collate, training, accelerator, run, kept)
     if config.name == "average_activation":
-        return prepare_average_activations(model, samples)
+        return prepare_average_activations(model, samples, kept)
     if config.name == "predictor":
         texts = prepare_texts(model, samples)
         if config.head == "classifier" and texts:
@@ -71,25 +78,47 @@ def _train_gates(
     training: TrainingConfig,
     accelerator: Any,
     run: RunFolder,
+    kept: KeptPrototypes | None,
 ) -> dict[str, Any]:
-    """PHATGOOSE: each expert alone and unchanged, on its own data; → loss and mean gate before and after."""
+    """PHATGOOSE: each expert alone and unchanged, on its own data; → loss and mean gate before and after.
+
+    Gates that `kept` has already are not trained, and nothing but their samples is told of them.
+    """
     config, facts = model.router_config, {}
     recipe = _recipe(training, config.gate_steps, config.gate_batch, config.gate_lr, config.gate_warmup)
+    on = {key: getattr(config, key) for key in ("gate_steps", "gate_lr", "gate_warmup", "gate_batch", "seed")}
+    on |= {"precision": training.precision, "clip_norm": training.clip_norm, "routed": routed(model)}
     for name, own in samples_of(model, samples, unprepared(model)).items():
-        looked_at = spread(own, LOOKED_AT)
-        with gated(model, name) as gates:
-            if not any(gate.v.requires_grad for gate in gates.values()):
-                raise ValueError(f"router=phatgoose: {name!r} adapts no module that a gate can stand before")
-            before = _judged(model, name, looked_at, collate, config.gate_batch)
-            order = _orders(len(own), config.seed)
-            data = TrainingData(own, collate, order)
-            _fit(model, data, recipe, RunFolder(run.preparing / name), accelerator, config.seed)
-            after = _judged(model, name, looked_at, collate, config.gate_batch)
-            found = {site: gate.v.detach()[0] for site, gate in gates.items() if gate.v.requires_grad}
-        give_prototypes(model, name, found)
-        facts[name] = {"samples": len(own), "before": before, "after": after}
-        logger.info("gates of %s: loss %.4g → %.4g", name, before["loss"], after["loss"])
+        facts[name] = {"samples": len(own)}
+        data = TrainingData(own, collate, _orders(len(own), config.seed))
+        place = RunFolder(run.preparing / name)
+        compute = partial(_gates, model, name, data, recipe, accelerator, place, facts[name])
+        give_prototypes(model, name, compute() if kept is None else kept.get("phatgoose", name, own, on, compute))
     return {"gates": facts}
+
+
+def _gates(
+    model: MultiExpertModel,
+    name: str,
+    data: TrainingData,
+    recipe: Recipe,
+    accelerator: Any,
+    run: RunFolder,
+    facts: dict[str, Any],
+) -> dict[str, torch.Tensor]:
+    """Path of a routed module → the gate of that expert there, trained; tells `facts` of it."""
+    config = model.router_config
+    looked_at = spread(list(data.train), LOOKED_AT)
+    with gated(model, name) as gates:
+        if not any(gate.v.requires_grad for gate in gates.values()):
+            raise ValueError(f"router=phatgoose: {name!r} adapts no module that a gate can stand before")
+        before = _judged(model, name, looked_at, data.collate, config.gate_batch)
+        _fit(model, data, recipe, run, accelerator, config.seed)
+        after = _judged(model, name, looked_at, data.collate, config.gate_batch)
+        found = {site: gate.v.detach()[0] for site, gate in gates.items() if gate.v.requires_grad}
+    facts |= {"before": before, "after": after}
+    logger.info("gates of %s: loss %.4g → %.4g", name, before["loss"], after["loss"])
+    return found
 
 
 def _judged(

@@ -8,11 +8,15 @@ from mixture_cases import TASKS, llama, three_experts
 
 from mole import data
 from mole.adapters import LoraWeights
+from mole.commands import preparing
 from mole.commands.preparing import prepare
 from mole.data import Sample
+from mole.experts import BackboneRef, Expert, ExpertLibrary, describe
 from mole.mixtures import MultiExpertModel
+from mole.mixtures.preparing import prototype_data
 from mole.mixtures.preparing.activations import mean_inputs, module_inputs
 from mole.mixtures.preparing.gating import gated
+from mole.mixtures.preparing.kept import KeptPrototypes
 from mole.mixtures.preparing.prototype_data import (
     flatness,
     needs_data,
@@ -257,3 +261,30 @@ def test_which_routers_need_data_is_known_from_their_configs():
         assert needs_data(config)
     assert not needs_data(ArrowConfig())
     assert not needs_data(UniformConfig())
+
+
+# ---- what the library keeps
+@pytest.mark.parametrize("config", [AverageActivationConfig(max_samples=3), PhatgooseConfig(gate_steps=3)])
+def test_prototypes_are_made_once_for_the_same_expert_and_data(config, tmp_path, monkeypatch):
+    library = ExpertLibrary.open(str(tmp_path / "lib"))
+    cards = {}
+    for name, adapter in three_experts(llama()).items():
+        card = describe(adapter, BackboneRef("llama"), tasks=list(TASKS[name]))
+        cards[name] = library.add_expert(Expert(card, adapter), name)
+    kept = KeptPrototypes(library, cards, "ab" * 32)
+    calls = []
+    for module, what in ((preparing, "_gates"), (prototype_data, "mean_inputs")):
+        real = getattr(module, what)
+        monkeypatch.setattr(module, what, lambda *a, real=real, **k: calls.append(1) or real(*a, **k))
+
+    def made(given, known=kept):
+        model, training = mixture(config), TrainingConfig()
+        accelerator = make_accelerator(training, torch.device("cpu"))
+        preparing.prepare(model, given, COLLATE, training, accelerator, RunFolder(tmp_path / "run"), kept=known)
+        return {site: router.prototypes.clone() for site, router in model.routers().items()}, len(calls)
+
+    first, second, without = made(samples()), made(samples()), made(samples(), None)
+    assert (first[1], second[1], without[1]) == (3, 3, 6)
+    assert all(torch.equal(first[0][site], v) and torch.equal(without[0][site], v) for site, v in second[0].items())
+    assert made(samples(each=7))[1] > 6  # of other samples
+    assert {row.card.kind for row in library.artefacts()} == {config.name}

@@ -11,6 +11,7 @@ from mole.commands.library.output import COLUMNS, print_json, print_table, row, 
 from mole.commands.library.where import Where, conditions
 from mole.experts.address import kind_of
 from mole.experts.card_cache import collecting_paused
+from mole.experts.damage import way_out
 from mole.experts.filters import keep
 from mole.registry import config_dataclass
 
@@ -37,7 +38,7 @@ def _list(config: LibraryList) -> None:
     library = open_library(config.library)
     cards, problems = library.look()
     for name in sorted(problems):
-        print(f"damaged: {problems[name]}", file=sys.stderr)
+        print(f"damaged: {problems[name]}; {way_out(library.url, name)}", file=sys.stderr)
     where = conditions(config.where)
     cards = keep(cards, where) if where else cards
     names = sorted(cards, key=lambda name: sort_key(config.sort, name, cards[name]))[: config.limit]

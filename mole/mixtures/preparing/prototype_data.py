@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mole.data import Sample, spread
 from mole.mixtures.preparing.activations import mean_inputs, norm_statistics
+from mole.mixtures.preparing.kept import KeptPrototypes, routed
 from mole.registry import ROUTERS
 from mole.routers import PrototypeRouter
 from mole.routers.arrow import LowRankRouter
@@ -78,13 +80,21 @@ def flatness(model: Any) -> dict[str, float]:
     return found
 
 
-def prepare_average_activations(model: Any, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Gives every router the mean inputs of the experts that it knows nothing of; returns the samples used by each."""
+def prepare_average_activations(
+    model: Any, samples: Sequence[Sample], kept: KeptPrototypes | None = None
+) -> dict[str, Any]:
+    """Gives every router the mean inputs of the experts that it knows nothing of; returns the samples used by each.
+
+    What `kept` has of the same expert and samples is not computed again.
+    """
     config, used = model.router_config, {}
     for name, own in samples_of(model, samples, unprepared(model)).items():
         chosen = _some_of_each_task(own, config.max_samples)
-        means = mean_inputs(model, chosen, pool=config.pool, expert=name if config.with_expert else None)
-        give_prototypes(model, name, means)
+        how = {"pool": config.pool, "expert": name if config.with_expert else None}
+        compute = partial(mean_inputs, model, chosen, **how)
+        on = {"pool": config.pool, "with_expert": config.with_expert, "routed": routed(model)}
+        found = compute() if kept is None else kept.get("average_activation", name, chosen, on, compute)
+        give_prototypes(model, name, found)
         used[name] = len(chosen)
     return {"samples": used}
 
