@@ -18,7 +18,7 @@ from mole.commands import continuing, heads
 from mole.commands.chosen_experts import chosen_experts
 from mole.commands.feeding import dry_run, refuse_resuming, show_first_batch, training_data
 from mole.commands.listening import TrainingForwards, listening, observing, texts_of
-from mole.commands.preparing import prepare
+from mole.commands.preparing import kept_in_library, prepare
 from mole.commands.static_weights import tell_bound, weights_logged
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
@@ -138,7 +138,8 @@ def run(config: BuildMoe) -> float | None:
     log = RoutingLog(model.sites, model.expert_names)
     if needs_data(config.router):
         samples = data.joined(datasets.values(), "train")
-        run.update(prepared=prepare(model, samples, collate, config.training, accelerator, run))
+        kept = kept_in_library(config, experts, backbone)
+        run.update(prepared=prepare(model, samples, collate, config.training, accelerator, run, kept=kept))
     if ratios := flatness(model):
         run.update(flatness=ratios)
     result = None
@@ -167,7 +168,8 @@ def run(config: BuildMoe) -> float | None:
         parts = {name: expert.card.license for name, expert in experts.items()}
         facts = licences.facts(parts or continuing.licences_of(config))
         facts |= {"head": heads.head_fact(backbone.head), "origins": origins}
-        facts["scores"] = heads.score_rows(found, None, "+".join(datasets), len(held_out))
+        config_of_scores = heads.measured_on(held_out)
+        facts["scores"] = heads.score_rows(found, None, "+".join(datasets), len(held_out), config_of_scores)
         _keep(config, run, model, backbone, facts, _some_batch(model, datasets, collate), result)
         if result is not None:
             run.update(result=dataclasses.asdict(result))

@@ -7,15 +7,19 @@ from __future__ import annotations
 import logging
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
+from mole.backbones import Backbone
+from mole.commands.library.opening import library_of
 from mole.config.seeds import seed_for
 from mole.data import IGNORED, Sample, epoch_order, spread
 from mole.evaluation import mean_loss, total
+from mole.experts import Expert
+from mole.experts.card import digest_of
 from mole.mixtures import MultiExpertModel
 from mole.mixtures.preparing.gating import MeanGate, gated
 from mole.mixtures.preparing.kept import KeptPrototypes, routed
@@ -71,6 +75,16 @@ def prepare(
     return prepare_calibration(model, samples)
 
 
+def kept_in_library(config: Any, experts: Mapping[str, Expert], backbone: Backbone) -> KeptPrototypes | None:
+    """The library that all of `experts` are of; None for experts from other places."""
+    if config.start_from or not (config.experts is None or isinstance(config.experts, tuple)):
+        return None
+    cards = {name: expert.card for name, expert in experts.items()}
+    return KeptPrototypes(
+        library_of(config.library), cards, digest_of([backbone.name, backbone.revision, backbone.shapes])
+    )
+
+
 def _train_gates(
     model: MultiExpertModel,
     samples: Sequence[Sample],
@@ -94,6 +108,8 @@ def _train_gates(
         place = RunFolder(run.preparing / name)
         compute = partial(_gates, model, name, data, recipe, accelerator, place, facts[name])
         give_prototypes(model, name, compute() if kept is None else kept.get("phatgoose", name, own, on, compute))
+        if "after" not in facts[name]:
+            logger.info("gates of %s: as they are kept in the library", name)
     return {"gates": facts}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from mole import backbones
 from mole.backbones.tiny_backbone import TinyConfig
 from mole.cli.main import main
 from mole.commands import lorahub
+from mole.commands.library.opening import open_library
 from mole.experts import load_expert
 from mole.mixtures import open_model
 
@@ -109,6 +111,25 @@ def test_routers_from_data_are_prepared_by_the_same_command(walk, tmp_path, back
     with torch.no_grad():
         logits = model(input_ids=ids, prompt_mask=ids < 4, texts=["shout: now"], task_names=["shouting"]).logits
     assert logits.isfinite().all()
+
+
+def test_gates_are_trained_once_for_an_expert_of_a_library(walk, tmp_path, backbone):
+    shutil.copytree(walk / "library", tmp_path / "library")
+    library = open_library(str(tmp_path / "library"))
+    library.remove_artefacts(library.artefacts())
+    words = [*SMALL, *data("reverse", "shouting"), *QUIET, "router=phatgoose", "router.gate_steps=2"]
+    found = []
+    for run in ("first", "again", "other"):
+        changed = ["router.gate_lr=0.01"] if run == "other" else []
+        mole("build-moe", *words, *changed, f"library={tmp_path / 'library'}", f"run.folder={tmp_path / run}")
+        gates = json.loads((tmp_path / run / "run.json").read_text())["prepared"]["gates"]
+        found.append({name: "after" in facts for name, facts in gates.items()})
+    trained, kept = {"reverse": True, "shouting": True}, {"reverse": False, "shouting": False}
+    assert found == [trained, kept, trained]
+    assert [row.card.kind for row in library.artefacts()] == ["phatgoose"] * 4
+    assert "gates of shouting: as they are kept in the library" in (tmp_path / "again" / "log.txt").read_text()
+    weights = [(tmp_path / run / "mixture" / "router.safetensors").read_bytes() for run in ("first", "again", "other")]
+    assert weights[0] == weights[1] != weights[2]
 
 
 def test_a_router_made_from_data_needs_some(walk, tmp_path, capsys):
