@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mole import merging
+from mole import adapters, merging
 from mole.adapters import Adapter
 from mole.backbones import Backbone
 from mole.commands import publishing
@@ -15,8 +15,12 @@ from mole.data import Sample
 from mole.evaluation import nearest_experts
 from mole.experts import Expert, load_expert
 from mole.mixtures import experts_of
+from mole.registry import ADAPTERS
 
 logger = logging.getLogger(__name__)
+NONE_CHOSEN = "lora"  # the adapter that the command starts with unless one is chosen
+LOW_RANK = ("lora", "dora", "rslora", "pissa")
+BOTTLENECKS = ("houlsby", "pfeiffer", "parallel")
 Collate = Callable[[list[Sample]], dict[str, Any]]
 
 
@@ -51,9 +55,11 @@ def start_of(
         rank = getattr(config.adapter, "rank", "auto")
         merged = merging.merge(weights, merging.LinearConfig(), rank=rank, backbone=backbone.model)
         logger.info("starting from the mean of %s", ", ".join(weights))
+        _require_own(config.adapter, merged.adapter, "the mean of the experts", backbone, acts=("name", "rank"))
         return Start(merged.adapter, "merged", candidates)
     if config.start == "new":
         (name,) = candidates
+        _require_own(config.adapter, weights[name], f"expert={config.expert}", backbone)
         return Start(weights[name], "continued", candidates)
     ranked = nearest_experts(
         backbone.model,
@@ -66,7 +72,73 @@ def start_of(
     logger.info("loss on the new data: %s", ", ".join(f"{name} {loss:.4f}" for name, loss in ranked))
     name = ranked[0][0]
     logger.info("starting from %s", name)
+    _require_own(config.adapter, weights[name], f"the expert {name}", backbone)
     return Start(weights[name], "continued", {name: candidates[name]})
+
+
+def _require_own(settings: Any, adapter: Adapter, whose: str, backbone: Backbone, acts: Sequence[str] = ()) -> None:
+    """Raises ValueError for settings of a new adapter that are not the defaults and not what `adapter` has.
+
+    The group's default, lora, stands for none chosen; the settings `acts` do act.
+    """
+    default: Any = ADAPTERS[settings.name].config()
+    changed = {
+        name: value
+        for name, value in vars(settings).items()
+        if name not in ("name", *acts) and value != getattr(default, name)
+    }
+    wrong = [] if settings.name == NONE_CHOSEN or "name" in acts else _other_method(settings.name, adapter)
+    if not wrong and settings.name in LOW_RANK and adapter.method == "lora":
+        known = _known(adapter)
+        wrong = [
+            f"adapter.{name}={_said(value)} ({'it has ' + _said(known[name]) if name in known else 'for new weights'})"
+            for name, value in changed.items()
+            if name not in known or (sorted(value) if isinstance(value, tuple) else value) != known[name]
+        ]
+    elif not wrong and changed and not _is_alike(settings, adapter, backbone):
+        wrong = [f"adapter.{name}={_said(value)}" for name, value in changed.items()]
+    if wrong:
+        raise ValueError(
+            f"training goes on with the adapter of {whose}, so that these settings differ from it and cannot act: "
+            f"{', '.join(wrong)}; leave them out, or start a new adapter: without expert=, start=new"
+        )
+
+
+def _other_method(name: str, adapter: Adapter) -> list[str]:
+    """The choice of a method that the adapter is not of, as an error says it."""
+    parts = list(adapter.modules.values())
+    if name in LOW_RANK and adapter.method == "lora":
+        is_dora, is_rslora = (all(part.magnitude is not None for part in parts), all(part.rslora for part in parts))
+        is_it = {"dora": is_dora, "rslora": is_rslora and not is_dora, "pissa": False}[name]
+    else:
+        is_it = name == adapter.method or (name in BOTTLENECKS and adapter.method == "bottleneck")
+    return [] if is_it else [f"adapter={name} (it is {adapter.method})"]
+
+
+def _known(adapter: Adapter) -> dict[str, Any]:
+    """What LoRA's weights tell of their settings; None where modules differ."""
+    parts = list(adapter.modules.values())
+    of_parts = {name: {getattr(part, name) for part in parts} for name in ("rank", "alpha", "rslora")}
+    one = {name: values.pop() if len(values) == 1 else None for name, values in of_parts.items()}
+    ends = adapter.targets or {path.rpartition(".")[2] for path in adapter.modules}
+    return {**one, "dropout": adapter.dropout, "targets": sorted(ends)}
+
+
+def _is_alike(settings: Any, adapter: Adapter, backbone: Backbone) -> bool:
+    """Whether these settings would make an adapter of the same tensors on this backbone."""
+    adapters.attach(backbone.model, settings, seed=0)
+    made = adapters.detach(backbone.model)
+    shapes = [
+        {path: {n: t.shape for n, t in part.tensors().items()} for path, part in a.modules.items()}
+        for a in (made, adapter)
+    ]
+    return shapes[0] == shapes[1]
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"[{','.join(map(str, value))}]"
+    return "several" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def origin(config: Any, goal: Goal | None, start: Start | None) -> dict[str, Any]:
