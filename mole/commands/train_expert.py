@@ -126,15 +126,9 @@ def run(config: TrainExpert) -> float | None:
         show_first_batch(fed, config.training, backbone.tokenizer, run)
     if config.dry_run:
         return dry_run(backbone.model, fed, config.training, accelerator) if accelerator.is_main_process else None
+    again = config.run.resume == "auto"
     result = fit(
-        backbone.model,
-        fed,
-        config,
-        run,
-        accelerator=accelerator,
-        seed=config.seed,
-        evaluate=validation,
-        resume=config.run.resume == "auto",
+        backbone.model, fed, config, run, accelerator=accelerator, seed=config.seed, evaluate=validation, resume=again
     )
     if accelerator.is_main_process:
         found = heads.finish(backbone.model, held_out, collate, config, backbone, datasets, run)
