@@ -20,6 +20,7 @@ from mole.commands.drawing import draw
 from mole.commands.feeding import dry_run, refuse_resuming, show_first_batch, training_data
 from mole.commands.listening import TrainingForwards, listening, observing, texts_of
 from mole.commands.preparing import prepare
+from mole.commands.sampling import sampled
 from mole.commands.static_weights import tell_bound, weights_logged
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
@@ -241,6 +242,7 @@ def _train(
     if held_out:
         limit = config.training.validation_examples
         validation = heads.validation_for(model, held_out, collate, config, backbone, datasets, limit=limit)
+    looked_at = sampled(validation, model, backbone.tokenizer, config.training, run, accelerator.is_main_process)
     with weights_logged(model, config, run, len(fed.train)) as watch:
         return fit(
             model,
@@ -249,7 +251,7 @@ def _train(
             run,
             accelerator=accelerator,
             seed=config.seed,
-            evaluate=validation,
+            evaluate=looked_at,
             extras=lambda: mixtures.own_statistics(model) | (statistics.read() if statistics else {}),
             watch=watch,
             resume=config.run.resume == "auto",

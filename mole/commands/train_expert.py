@@ -15,6 +15,7 @@ from mole.backbones import Backbone
 from mole.commands import heads, learned, publishing, starting
 from mole.commands.drawing import draw
 from mole.commands.feeding import dry_run, refuse_resuming, show_first_batch, training_data
+from mole.commands.sampling import sampled
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
 from mole.data import DataSplits, Sample
@@ -126,9 +127,12 @@ def run(config: TrainExpert) -> float | None:
         show_first_batch(fed, config.training, backbone.tokenizer, run)
     if config.dry_run:
         return dry_run(backbone.model, fed, config.training, accelerator) if accelerator.is_main_process else None
+    looked_at = sampled(
+        validation, backbone.model, backbone.tokenizer, config.training, run, accelerator.is_main_process
+    )
     again = config.run.resume == "auto"
     result = fit(
-        backbone.model, fed, config, run, accelerator=accelerator, seed=config.seed, evaluate=validation, resume=again
+        backbone.model, fed, config, run, accelerator=accelerator, seed=config.seed, evaluate=looked_at, resume=again
     )
     if accelerator.is_main_process:
         found = heads.finish(backbone.model, held_out, collate, config, backbone, datasets, run)
