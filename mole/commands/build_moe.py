@@ -10,15 +10,17 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from mole import backbones, data, mixtures
-from mole.analysis import MissingExtra, plot_run
 from mole.backbones import Backbone
-from mole.commands import continuing, heads
+from mole.commands import continuing, heads, learned
 from mole.commands.chosen_experts import chosen_experts
+from mole.commands.drawing import draw
 from mole.commands.feeding import dry_run, refuse_resuming, show_first_batch, training_data
 from mole.commands.listening import TrainingForwards, listening, observing, texts_of
 from mole.commands.preparing import kept_in_library, prepare
+from mole.commands.sampling import sampled
 from mole.commands.static_weights import tell_bound, weights_logged
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
@@ -142,7 +144,7 @@ def run(config: BuildMoe) -> float | None:
         run.update(prepared=prepare(model, samples, collate, config.training, accelerator, run, kept=kept))
     if ratios := flatness(model):
         run.update(flatness=ratios)
-    result = None
+    result, routers = None, learned.weights_of_routers(model)
     if config.learns or model.trained_modules():
         listener = TrainingForwards(log, config.log_every) if accelerator.is_main_process else None
         model.losses = dict(config.losses)
@@ -170,10 +172,11 @@ def run(config: BuildMoe) -> float | None:
         facts |= {"head": heads.head_fact(backbone.head), "origins": origins}
         config_of_scores = heads.measured_on(held_out)
         facts["scores"] = heads.score_rows(found, None, "+".join(datasets), len(held_out), config_of_scores)
-        _keep(config, run, model, backbone, facts, _some_batch(model, datasets, collate), result)
+        _keep(config, run, model, backbone, facts, _some_batch(model, datasets, collate), result, routers=routers)
         if result is not None:
             run.update(result=dataclasses.asdict(result))
-        _draw(run)
+        if run.scalings.is_dir():
+            draw(run)
     return result.best_score if result else None
 
 
@@ -241,6 +244,7 @@ def _train(
     if held_out:
         limit = config.training.validation_examples
         validation = heads.validation_for(model, held_out, collate, config, backbone, datasets, limit=limit)
+    looked_at = sampled(validation, model, backbone.tokenizer, config.training, run, accelerator.is_main_process)
     with weights_logged(model, config, run, len(fed.train)) as watch:
         return fit(
             model,
@@ -249,7 +253,7 @@ def _train(
             run,
             accelerator=accelerator,
             seed=config.seed,
-            evaluate=validation,
+            evaluate=looked_at,
             extras=lambda: mixtures.own_statistics(model) | (statistics.read() if statistics else {}),
             watch=watch,
             resume=config.run.resume == "auto",
@@ -290,8 +294,13 @@ def _keep(
     facts: dict[str, Any],
     batch: dict[str, Any],
     result: FitResult | None,
+    *,
+    routers: dict[str, Tensor],
 ) -> None:
-    """Writes `mixture/` and checks that it gives what was built; `mixture.rejected/` holds what does not."""
+    """Writes `mixture/` and checks that it gives what was built, and that training changed the routers.
+
+    `routers` holds their weights at the start. What is not sound is left as `mixture.rejected/`.
+    """
     training = {"seed": config.seed}
     if result is not None:
         training |= {"steps": result.steps, "tokens": result.tokens, "learning_rate": config.training.learning_rate}
@@ -307,20 +316,12 @@ def _keep(
     again = heads.backbone_for(config, chosen)
     fresh = mixtures.load_mixture(run.mixture, again, kernel=config.kernel, allow_other_backbone=True)
     try:
+        if result is not None:
+            learned.check_routers(routers, learned.weights_of_routers(model))
         check_reloaded(model, fresh, batch)
     except ValueError:
-        run.mixture.rename(run.mixture.with_name("mixture.rejected"))
+        learned.reject(run.mixture)
         raise
-
-
-def _draw(run: RunFolder) -> None:
-    """Leaves plots/ where there is a log to draw and matplotlib to draw it with."""
-    if not run.scalings.is_dir():
-        return
-    try:
-        plot_run(run.path)
-    except MissingExtra as missing:
-        logger.warning("no plots: %s; then mole plot %s", missing, run.path)
 
 
 def _some_batch(model: MultiExpertModel, datasets: dict[str, DataSplits], collate: Collate) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -82,7 +82,7 @@ def examine_machine() -> Iterator[Finding]:
 
 
 def examine_run(run: RunFolder) -> Iterator[Finding]:
-    """How a run stands: its status, its checkpoints, its error, and what to do next."""
+    """How a run stands: its status, its checkpoints, its error, its expert, and what to do next."""
     if not run.config.is_file():
         raise ValueError(f"{run.path} is no run: it has no {run.config.name}")
     facts = run.facts()
@@ -102,6 +102,9 @@ def examine_run(run: RunFolder) -> Iterator[Finding]:
     if run.error.is_file():
         last = [line for line in run.error.read_text(encoding="utf-8").splitlines() if line.strip()][-1:]
         yield Finding("error", "wrong" if status == "failed" else "note", "".join(last) + f"   ({run.error})")
+    for folder in (run.expert, run.expert.with_name("expert.rejected")):
+        if folder.is_dir():
+            yield from (replace(found, about=folder.name) for found in examine_experts([str(folder)]))
     yield Finding("next", "ok", _next(run, facts, bool(whole)))
 
 

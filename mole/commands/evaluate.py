@@ -15,7 +15,7 @@ from mole.backbones import Backbone
 from mole.commands import heads
 from mole.commands.library.opening import open_library
 from mole.commands.listening import observing
-from mole.commands.moe_models import open_any, without_blocks
+from mole.commands.moe_models import on_its_backbone, open_any, without_blocks
 from mole.config.nodes import RunConfig, chosen_datasets
 from mole.data import DataSplits, Sample
 from mole.evaluation import Table, exact_match, mean_loss, predict, scores, total, write_predictions
@@ -64,7 +64,7 @@ def run(config: Evaluate) -> float | None:
     evaluation.json has statistics of a mixture's routing over these datasets under `routing`. A run that was stopped
     goes on with the first score it lacks. Returns the mean of the last row.
     """
-    run = RunFolder(config.run.folder)
+    run, config = RunFolder(config.run.folder), on_its_backbone(config)
     backbone = heads.backbone_for(config, chosen_datasets(config))
     cards = mixtures.cards_at(config.model) if mixtures.blocks_in(config.model) is None else {}
     for name, card in cards.items():
@@ -76,7 +76,7 @@ def run(config: Evaluate) -> float | None:
     )
     splits = {name: _samples(name, one, config) for name, one in datasets.items()}
     metric = _metric(config, backbone, datasets)
-    compared = dict(_rows(model, config, with_base=backbone.head is None))
+    compared = dict(_rows(model, config, splits, with_base=backbone.head is None))
     known = dict(Table.read(run.cells).rows) if config.run.resume == "auto" and run.cells.is_file() else {}
     run.update(status="running")
     rows: dict[str, dict[str, float]] = {}
@@ -87,7 +87,7 @@ def run(config: Evaluate) -> float | None:
             rows[row] = {}  # its routing is told of all data, or of none
         with routed(), observing(model) if row == "mixture" else nullcontext() as seen:
             for name, samples in splits.items():
-                if name not in rows[row]:
+                if name not in rows[row] and (row != "oracle" or _all_have_experts(model, samples)):
                     rows[row][name] = _score(model, samples, backbone, config, metric)
                     write_atomically(run.cells, Table(metric, rows).as_json())
         if seen is not None:
@@ -183,10 +183,13 @@ def _samples(name: str, splits: DataSplits, config: Evaluate) -> Sequence[Sample
     return data.spread(samples, config.limit)
 
 
-def _rows(model: Model, config: Evaluate, *, with_base: bool) -> Iterator[tuple[str, Routed]]:
+def _rows(
+    model: Model, config: Evaluate, splits: Mapping[str, Sequence[Sample]], *, with_base: bool
+) -> Iterator[tuple[str, Routed]]:
     """Row name → the context in which the model is that row. Raises ValueError for rows that this model cannot give.
 
-    Under a head the backbone by itself says nothing: there is no row for it then (`with_base` False).
+    Under a head the backbone by itself says nothing: there is no row for it then (`with_base` False). The oracle needs
+    a dataset of whose tasks there are experts; of the others it has no score.
     """
     wanted = config.rows
     if isinstance(model, MoEModel):
@@ -196,7 +199,7 @@ def _rows(model: Model, config: Evaluate, *, with_base: bool) -> Iterator[tuple[
     several = len(model.expert_names) > 1
     can: list[str] = ["base", "experts"] if with_base else ["experts"]
     if several:
-        can += ["uniform", *(["oracle"] if any(model.shape.expert_tasks) else [])]
+        can += ["uniform", *(["oracle"] if any(_all_have_experts(model, s) for s in splits.values()) else [])]
         can += ["mixture"] if model.router_config.name != "uniform" else []
     for row in _chosen_rows(can, wanted):
         if row == "base":
@@ -209,7 +212,26 @@ def _rows(model: Model, config: Evaluate, *, with_base: bool) -> Iterator[tuple[
         elif row == "oracle":
             yield "oracle", partial(model.routed_by, TaskRouter(TaskConfig(ambiguous="mean"), model.shape))
         else:
+            _check_tasks(model, splits)
             yield "mixture", nullcontext
+
+
+def _all_have_experts(model: Model, samples: Sequence[Sample]) -> bool:
+    """Whether each sample is of a task that an expert lists."""
+    known = set() if isinstance(model, MoEModel) else set().union(*model.shape.expert_tasks)
+    return all(sample.task in known for sample in samples)
+
+
+def _check_tasks(model: MultiExpertModel, splits: Mapping[str, Sequence[Sample]]) -> None:
+    """Raises ValueError if the mixture's router goes by tasks, and the data has one that it cannot route."""
+    tasks = list(dict.fromkeys(sample.task for samples in splits.values() for sample in samples))
+    for router in model.routers().values():
+        try:
+            router.check_tasks(tasks, training=False)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} when the mixture is built; or leave its row out here: rows=[base,experts,uniform]"
+            ) from None
 
 
 def _chosen_rows(can: Sequence[str], wanted: Sequence[Row] | None) -> list[str]:

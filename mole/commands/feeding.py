@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from mole.commands.sampling import generated_lines
 from mole.config.seeds import seed_for
 from mole.data import IGNORED, Sample, by_length, collate, collate_packed, epoch_order, first_fit
 from mole.run_folder import RunFolder, write_atomically
@@ -90,7 +91,10 @@ def _padding(order: Sequence[int], lengths: Sequence[int], training: TrainingCon
 
 
 def show_first_batch(fed: TrainingData, training: TrainingConfig, tokenizer: Any, run: RunFolder) -> None:
-    """Writes the samples of the first step to samples.jsonl, decoded, and shows one: what is supervised is marked."""
+    """Writes the samples of the first step to samples.jsonl, decoded, and shows one: what is supervised is marked.
+
+    What an earlier start of the run has generated stays behind them.
+    """
     items = [fed.train[index] for index in fed.order(0)[: min(training.batch_size, KEPT)]]
     first = [sample for item in items for sample in _samples(item)][:KEPT]
     lines = [
@@ -103,7 +107,8 @@ def show_first_batch(fed: TrainingData, training: TrainingConfig, tokenizer: Any
         }
         for sample in first
     ]
-    write_atomically(run.samples, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
+    write_atomically(run.samples, "".join([*texts, *generated_lines(run)]))
     label = "" if first[0].target is None else f" → {first[0].completion}"
     print(f"first sample: {_shown(lines[0]['parts'])}{label}")
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mole import backbones, data
 from mole.backbones import Backbone
-from mole.commands.moe_models import check_generation, open_any
+from mole.commands.moe_models import check_generation, on_its_backbone, open_any
 from mole.config.nodes import RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
 from mole.data.encode import text_ids
@@ -82,7 +82,7 @@ class Prompt:
 
 def run(config: Generate) -> None:
     """Prints each continuation; writes generations.jsonl, and scalings/ with `log`."""
-    run = RunFolder(config.run.folder)
+    run, config = RunFolder(config.run.folder), on_its_backbone(config)
     texts = _texts_of(config)
     backbone = backbones.load(config.backbone)
     model = open_any(config.model, backbone, allow_other_backbone=config.allow_other_backbone)

@@ -13,6 +13,7 @@ from mole.analysis import MissingExtra, plot_run
 from mole.backbones import Backbone
 from mole.commands.feeding import show_first_batch, training_data
 from mole.commands.listening import TrainingForwards, listening, texts_of
+from mole.commands.sampling import sampled
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
 from mole.data import DataSplits, Sample
@@ -140,6 +141,9 @@ def _train(
     fed = training_data(train, backbone.tokenizer.pad_token_id, config.training, config.seed)
     if main:
         show_first_batch(fed, config.training, backbone.tokenizer, run)
+    limit, validation = config.training.validation_examples, None
+    if held_out:
+        validation = Validation(model, held_out, fed.collate, config.training.batch_size, limit=limit)
     statistics = None
     if main and config.statistics_every is not None:
         statistics = RoutingStatistics(model.sites, model.expert_names, every=config.statistics_every)
@@ -152,7 +156,7 @@ def _train(
             run,
             accelerator=accelerator,
             seed=config.seed,
-            evaluate=Validation(model, held_out, fed.collate, config.training.batch_size) if held_out else None,
+            evaluate=sampled(validation, model, backbone.tokenizer, config.training, run, main),
             extras=statistics.read if statistics else None,
             after_step=model.after_step,
             resume=config.run.resume == "auto",

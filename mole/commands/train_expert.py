@@ -9,19 +9,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mole import adapters, backbones, data, merging
+from mole import adapters, backbones, data
 from mole.adapters import Adapter
 from mole.backbones import Backbone
-from mole.commands import heads, publishing
+from mole.commands import heads, learned, publishing, starting
+from mole.commands.drawing import draw
 from mole.commands.feeding import dry_run, refuse_resuming, show_first_batch, training_data
-from mole.commands.library.opening import open_library
-from mole.commands.publishing import Goal
+from mole.commands.sampling import sampled
 from mole.config.nodes import LauncherConfig, RunConfig, chosen_datasets
 from mole.config.seeds import seed_for
 from mole.data import DataSplits, Sample
-from mole.evaluation import Validation, check_reloaded, exact_match, nearest_experts
+from mole.evaluation import Validation, check_reloaded, exact_match
 from mole.experts import Expert, check_backbone, check_name, describe, load_expert
-from mole.mixtures import experts_of
 from mole.registry import ADAPTERS, BACKBONES, DATASETS, LIBRARIES, OPTIMIZERS, SCHEDULES, TRACKERS, config_dataclass
 from mole.run_folder import RunFolder
 from mole.training import AnyTraining, FitResult, fit, make_accelerator
@@ -98,7 +97,7 @@ def run(config: TrainExpert) -> float | None:
     """
     run = RunFolder(config.run.folder)
     goal = publishing.goal(config, run)
-    candidates = _candidates(config, goal)
+    candidates = starting.candidates(config, goal)
     accelerator = make_accelerator(config.training, backbones.resolve_device(config.backbone.device))
     backbone = heads.backbone_for(config, chosen_datasets(config))
     for name, expert in candidates.items():
@@ -111,7 +110,7 @@ def run(config: TrainExpert) -> float | None:
     if config.publish == "if-better" and not held_out:
         raise ValueError("publish=if-better compares on validation samples, and there are none: hold some out")
     collate = partial(data.collate, pad_token_id=backbone.tokenizer.pad_token_id)
-    start = _start(config, backbone, candidates, train, collate)
+    start = starting.start_of(config, backbone, candidates, train, collate)
     along = backbone.trained_along(pooler=getattr(config.adapter, "train_pooler", True))
     if config.train == "head":
         _train_head(backbone, along)
@@ -119,6 +118,7 @@ def run(config: TrainExpert) -> float | None:
         adapters.attach(backbone.model, config.adapter, seed=seed_for("init", config.seed), trained=along)
     else:
         adapters.attach_weights(backbone.model, start.adapter, trained=along)
+    first = adapters.extract(backbone.model, full=along) if config.train == "adapter" else None
     publishing.begin(goal, run)
     validation = _validation(config, backbone, held_out, collate, datasets)
     before = _measured(config, backbone, validation) if config.publish == "if-better" else None
@@ -127,28 +127,27 @@ def run(config: TrainExpert) -> float | None:
         show_first_batch(fed, config.training, backbone.tokenizer, run)
     if config.dry_run:
         return dry_run(backbone.model, fed, config.training, accelerator) if accelerator.is_main_process else None
+    looked_at = sampled(
+        validation, backbone.model, backbone.tokenizer, config.training, run, accelerator.is_main_process
+    )
+    again = config.run.resume == "auto"
     result = fit(
-        backbone.model,
-        fed,
-        config,
-        run,
-        accelerator=accelerator,
-        seed=config.seed,
-        evaluate=validation,
-        resume=config.run.resume == "auto",
+        backbone.model, fed, config, run, accelerator=accelerator, seed=config.seed, evaluate=looked_at, resume=again
     )
     if accelerator.is_main_process:
         found = heads.finish(backbone.model, held_out, collate, config, backbone, datasets, run)
         run.update(result=dataclasses.asdict(result), datasets={n: d.fingerprint for n, d in datasets.items()})
-    if accelerator.is_main_process and config.train == "adapter":
+    if accelerator.is_main_process and first is not None:
         adapter = adapters.extract(backbone.model, full=along)
         after = None if before is None else _measured(config, backbone, validation)
-        facts = _facts(config, datasets, result, after, found) | {"head": heads.head_fact(backbone.head)}
-        card = describe(adapter, backbone, **facts, **_origin(config, goal, start))
+        facts = _facts(config, datasets, result, after, found, held_out) | {"head": heads.head_fact(backbone.head)}
+        card = describe(adapter, backbone, **facts, **starting.origin(config, goal, start))
         message = config.message or (f"{result.steps} more steps" if goal and goal.base else "")
         expert = publishing.following(Expert(card, adapter), goal, message)
-        _keep(expert, config, run, backbone, collate(list(train[:4])))
+        _keep(expert, first, config, run, backbone, collate(list(train[:4])))
         publishing.publish(goal, expert, run, against=_worse(config, before, after))
+    if accelerator.is_main_process:
+        draw(run, ["loss"])
     return result.best_score
 
 
@@ -189,76 +188,19 @@ def _worse(config: TrainExpert, before: float | None, after: float | None) -> st
     return f"{config.metric} {after:.6g} on the validation samples is no better than {before:.6g} at the start"
 
 
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """What training goes on from: an adapter, and where it comes from."""
-
-    adapter: Adapter
-    relation: str
-    parents: dict[str, Expert]
-
-
-def _candidates(config: TrainExpert, goal: Goal | None) -> dict[str, Expert]:
-    """The experts that a run may start from; none for a new adapter."""
-    if goal is not None and goal.base is not None:
-        return {goal.name: goal.base}
-    if config.expert is not None:
-        return {config.name: load_expert(config.expert)}
-    if config.start_library is None:
-        return {}
-    return experts_of(open_library(config.start_library), config.start_experts)
-
-
-def _start(
-    config: TrainExpert, backbone: Backbone, candidates: dict[str, Expert], train: Sequence[Sample], collate: Collate
-) -> Start | None:
-    """The expert that was named, the one nearest to the new data, or the mean of all; None for a new adapter."""
-    if not candidates:
-        return None
-    weights = {name: expert.adapter for name, expert in candidates.items()}
-    if config.start == "mean":
-        rank = getattr(config.adapter, "rank", "auto")
-        merged = merging.merge(weights, merging.LinearConfig(), rank=rank, backbone=backbone.model)
-        logger.info("starting from the mean of %s", ", ".join(weights))
-        return Start(merged.adapter, "merged", candidates)
-    if config.start == "new":
-        (name,) = candidates
-        return Start(weights[name], "continued", candidates)
-    ranked = nearest_experts(
-        backbone.model,
-        weights,
-        train,
-        collate,
-        examples=config.start_examples,
-        batch_size=config.training.batch_size,
-    )
-    logger.info("loss on the new data: %s", ", ".join(f"{name} {loss:.4f}" for name, loss in ranked))
-    name = ranked[0][0]
-    logger.info("starting from %s", name)
-    return Start(weights[name], "continued", {name: candidates[name]})
-
-
-def _origin(config: TrainExpert, goal: Goal | None, start: Start | None) -> dict[str, Any]:
-    """What the card says of the start: where it comes from, and the licence that follows from it."""
-    if start is None:
-        return {"derived_from": [], "license": config.license}
-    place = goal.library.url if goal is not None and goal.base is not None else config.start_library
-    source = place if place and "://" in place else None
-    rows = [
-        {"relation": start.relation, "source": source, "name": name, "revision": e.revision, "content": e.card.content}
-        for name, e in start.parents.items()
-    ]
-    return {"derived_from": rows[:256], **publishing.license_of(config, start.parents)}
-
-
 def _facts(
     config: TrainExpert,
     datasets: dict[str, DataSplits],
     result: FitResult,
     after: float | None,
     found: dict[str, float],
+    held_out: Sequence[Sample],
 ) -> dict[str, Any]:
-    """What the card says of the training; `after` is the metric that was compared, if one was, `found` the scores."""
+    """What the card says of the training; `after` is the metric that was compared, if one was.
+
+    `found` are the scores under a head, of all validation samples `held_out`; without a head there are none, and the
+    card has what training saw of the first of them, those that `training.validation_examples` allows.
+    """
     tasks = config.tasks
     if tasks is None:
         tasks = tuple(dict.fromkeys(sample.task for splits in datasets.values() for sample in splits.train))
@@ -266,13 +208,14 @@ def _facts(
         {"name": name, "split": "train", "examples": len(splits.train), "sha256": splits.fingerprint}
         for name, splits in datasets.items()
     ]
-    measured = {"loss": result.metrics["validation_loss"]} if "validation_loss" in result.metrics else {}
-    measured = {**found, **measured}
-    if after is not None and config.metric != "score":
-        measured[config.metric] = after
-    held_out = [sample for splits in datasets.values() for sample in splits.validation or ()]
-    task, on = tasks[0] if len(tasks) == 1 else None, heads.measured_on(held_out)
-    scores = heads.score_rows(measured, task, "+".join(datasets), len(held_out), on)
+    measured, on = dict(found), held_out
+    if not found:
+        on = held_out[: config.training.validation_examples]
+        measured = {"loss": result.metrics["validation_loss"]} if "validation_loss" in result.metrics else {}
+        measured |= {} if after is None else {config.metric: after}
+    task = tasks[0] if len(tasks) == 1 else None
+    scores = heads.score_rows(measured, task, "+".join(datasets), len(on), heads.measured_on(on))
+    chosen = {} if result.best_step is None else {"best_step": result.best_step}
     return {
         "tasks": tasks[:64],
         "tags": config.tags,
@@ -280,7 +223,7 @@ def _facts(
         "data": rows,
         "training": {
             "steps": result.steps,
-            "best_step": result.best_step,
+            **chosen,
             "tokens": result.tokens,
             "learning_rate": config.training.learning_rate,
             "seed": config.seed,
@@ -289,15 +232,21 @@ def _facts(
     }
 
 
-def _keep(expert: Expert, config: TrainExpert, run: RunFolder, backbone: Backbone, batch: dict[str, Any]) -> None:
-    """Writes `expert/` and checks that it gives what was trained; `expert.rejected/` holds what does not."""
+def _keep(
+    expert: Expert, first: Adapter, config: TrainExpert, run: RunFolder, backbone: Backbone, batch: dict[str, Any]
+) -> None:
+    """Writes `expert/` and checks that it gives what was trained and differs from `first`, the adapter at the start.
+
+    What does not is left as `expert.rejected/`.
+    """
     if config.run.resume == "auto" and run.expert.exists():
         shutil.rmtree(run.expert)
     expert.save(run.expert)
     fresh = heads.backbone_for(config, chosen_datasets(config))
     adapters.attach_weights(fresh.model, load_expert(run.expert).adapter)
     try:
+        learned.check_adapter(first, expert.adapter)
         check_reloaded(backbone.model, fresh.model, batch)
     except ValueError:
-        run.expert.rename(run.expert.with_name("expert.rejected"))
+        learned.reject(run.expert)
         raise

@@ -26,7 +26,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How an expert leaves: `dtype` of the tensors (None: as they are), with its `card` or not.
+    """How an expert leaves: `dtype` of the tensors (None: as they are), with its `card` or not, and what it calls its
+    `backbone` (None: as the card does).
 
     `model_type`, `width` (features of hidden states) and `num_layers` (None: up to the last block with a bottleneck) of
     the backbone, and `allow_partial` (leave out what has no place there) are for AdapterHub's folders.
@@ -35,6 +36,7 @@ class Form:
     format: str = "peft"
     dtype: str | None = None
     card: bool = False
+    backbone: str | None = None
     model_type: str | None = None
     width: int | None = None
     num_layers: int | None = None
@@ -66,7 +68,7 @@ def files_of(expert: Expert, name: str, form: Form) -> dict[str, bytes]:
     if form.format not in FORMATS[:-1]:
         raise LibraryError(unknown("format", form.format, FORMATS))
     adapter = expert.adapter if form.dtype is None else converted(expert.adapter, form.dtype)
-    backbone = expert.card.backbone.name
+    backbone = form.backbone or expert.card.backbone.name
     try:
         if form.format == "adapterhub":
             files = _adapterhub(adapter, name, expert.card, form)
@@ -95,7 +97,7 @@ def _adapterhub(adapter: Adapter, name: str, card: Card, form: Form) -> dict[str
     if (lost := _without_place(adapter, form.model_type)) and not form.allow_partial:
         raise ValueError(f"format=adapterhub has no place for {', '.join(lost)}: allow_partial=true leaves them out")
     target = adapterhub_format.Target(form.model_type, form.width, form.num_layers)
-    backbone = card.backbone.name
+    backbone = form.backbone or card.backbone.name
     files = adapterhub_format.dump(adapterhub_format.holdable(adapter)[0], name, backbone, target)
     head, _ = adapterhub_heads.has_place(adapter.full_modules, form.model_type)
     if head:

@@ -33,6 +33,7 @@ class TrainingConfig:
     checkpoint_every: Count | None = 100
     keep_checkpoints: Count = 2
     validation_examples: Count | None = None
+    samples: Count | None = None
     best_metric: str | None = "auto"
     best_direction: Literal["auto", "min", "max"] = "auto"
     early_stopping_patience: Count | None = None

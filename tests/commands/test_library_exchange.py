@@ -113,6 +113,17 @@ def test_what_was_exported_comes_back_with_the_same_content(mole):
     assert mole("import", "out/law", "lib")[1] == "unchanged: law is in lib with these weights\n"
 
 
+def test_an_export_names_the_backbone_where_it_lies(mole, tmp_path):
+    mole("import", "law", "lib", "backbone=llama")
+    (tmp_path / "hf").mkdir()
+    for given, found in (("hf", str(tmp_path / "hf")), ("user/other", "user/other")):
+        assert mole("export", "lib", "law", f"out/{found[-2:]}", f"backbone={given}")[0] == 0
+        config = json.loads((tmp_path / "out" / found[-2:] / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == found
+    code, _, err = mole("export", "lib", "law", "out/card", "backbone=hf", "card=true")
+    assert (code, "a card names no places" in err) == (2, True)
+
+
 def test_export_of_several_is_a_map_of_pinned_addresses(mole, tmp_path):
     mole("import", "law", "lib")
     mole("import", "law", "lib", "name=bio")

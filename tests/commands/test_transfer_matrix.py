@@ -66,3 +66,35 @@ def test_the_table_is_drawn_as_a_heat_map(walk, tmp_path, capsys):
     mole("evaluate", *words(walk, tmp_path / "run"))
     mole("plot", str(tmp_path / "run"))
     assert (tmp_path / "run" / "plots" / "scores.png").stat().st_size > 5000
+
+
+def new_task(tmp_path):
+    """Settings for data of a task that no expert lists."""
+    path = tmp_path / "ok.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p{i}: ", "completion": "c"}) + "\n" for i in range(8)))
+    return [f"path={path}", "test=0.5", "validation=null"]
+
+
+def test_the_oracle_has_no_score_for_a_task_without_an_expert(walk, tmp_path):
+    settings = [f"datasets.jsonl.{word}" for word in new_task(tmp_path)]
+    settings += [f"datasets.reverse.{one}" for one in ("examples=24", "validation_examples=4", "test_examples=4")]
+    mole(
+        *("evaluate", *SMALL, "dataset=[reverse,jsonl]", *settings),
+        *(f"model={walk / 'library'}", f"run.folder={tmp_path / 'run'}"),
+    )
+    rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
+    assert set(rows["oracle"]) == {"reverse"}
+    assert all(set(rows[row]) == {"reverse", "jsonl"} for row in rows if row != "oracle")
+    assert "–" in (tmp_path / "run" / "table.md").read_text()
+
+
+def test_a_mixture_that_goes_by_tasks_refuses_others_before_anything_is_computed(walk, tmp_path, capsys):
+    mole("build-moe", *SMALL, f"library={walk / 'library'}", "router=task", f"run.folder={tmp_path / 'mixture'}")
+    given = [*SMALL, "dataset=jsonl", *(f"dataset.{word}" for word in new_task(tmp_path))]
+    given += [f"model={tmp_path / 'mixture'}", f"run.folder={tmp_path / 'run'}"]
+    assert main(["evaluate", *given]) == 2
+    told = capsys.readouterr().err
+    assert "unknown task 'ok'" in told
+    assert "rows=[base,experts,uniform]" in told
+    assert not (tmp_path / "run").exists()
+    mole("evaluate", *given, "rows=[base,experts,uniform]")

@@ -105,3 +105,18 @@ def test_the_fingerprint_covers_every_split(load, jsonl):
     )
     assert first.fingerprint == again.fingerprint
     assert first.fingerprint != changed.fingerprint
+
+
+def test_what_is_cut_or_left_out_is_told_in_one_line(load, jsonl, caplog):
+    records = [{"prompt": "p", "completion": "c" * length} for length in (1, 1, 30)] + [
+        {"prompt": "p" * 30, "completion": "c"}
+    ]
+    path = jsonl(records)
+    splits = load(name="jsonl", path=path, max_length=8, max_unsupervised=0.5, **ALL)
+    assert (splits.truncated, splits.dropped) == (2, 1)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "2 of 4 examples (50.0%) were cut" in line
+    assert "1 of 4 were left out" in line
+    caplog.clear()
+    load(name="jsonl", path=path, **ALL)
+    assert not caplog.records

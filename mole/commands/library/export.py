@@ -24,6 +24,7 @@ class LibraryExport:
     format: Literal["peft", "normalised", "adapterhub", "adapter-weights"] = "peft"
     revision: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    backbone: str | None = None
     card: bool = False
     model_type: str | None = None
     width: Annotated[int, Field(ge=1)] | None = None
@@ -39,6 +40,11 @@ class LibraryExport:
             problems.append("name: several experts are exported as format=adapter-weights alone")
         if many and (self.revision or self.dtype or self.card):
             problems.append("format=adapter-weights writes addresses: revision, dtype and card are for folders")
+        if self.backbone is not None and (many or self.card):
+            problems.append(
+                "backbone names it for other programs: leave it out with format=adapter-weights, and with card=true, "
+                "since a card names no places of one machine"
+            )
         for_hub = self.model_type or self.width or self.num_layers or self.allow_partial
         if for_hub and self.format != "adapterhub":
             problems.append("model_type, width, num_layers and allow_partial are for format=adapterhub")
@@ -61,7 +67,7 @@ def run(config: LibraryExport) -> None:
         expert = library.get_expert(config.name, config.revision)
         rows = {config.name: expert.card}
         fields = ("format", "dtype", "card", "model_type", "width", "num_layers", "allow_partial")
-        form = Form(**{field: getattr(config, field) for field in fields})
+        form = Form(**{field: getattr(config, field) for field in fields}, backbone=_whole(config.backbone))
         told = f"{config.name}, revision {expert.revision[:8]}, as {config.format} to {dest}"
         if config.allow_partial and (lost := left_out(expert, form)):
             told += f" without {', '.join(lost)}"
@@ -75,6 +81,12 @@ def run(config: LibraryExport) -> None:
         [f"{'would write' if config.dry_run else 'wrote'} {told}"],
         "json" if config.json else "table",
     )
+
+
+def _whole(backbone: str | None) -> str | None:
+    """A folder by its whole path, so that it is found from anywhere; else what was given."""
+    folder = None if backbone is None else Path(backbone).expanduser()
+    return str(folder.resolve()) if folder is not None and folder.is_dir() else backbone
 
 
 def _names(given: str | tuple[str, ...]) -> tuple[str, ...]:
