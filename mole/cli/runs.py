@@ -21,6 +21,7 @@ from typing import Any
 from mole import host
 from mole.cli import launch
 from mole.command import Command
+from mole.config import paths
 from mole.config import saved as saved_config
 from mole.config.checks import ConfigProblems, validate
 from mole.run_folder import RunFolder, RunStopped, write_atomically
@@ -103,7 +104,7 @@ class _Life:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.node = saved_config.absolute(plan.node)
+        self.node = paths.absolute(plan.node)
         self.run = RunFolder(self.node["run"]["folder"])
         self.is_new = True  # the folder is ours to take away again
         self.before: dict[str, Any] = {}  # run.json of an earlier start

@@ -13,7 +13,7 @@ from pydantic import Field
 from toy_command import Toy
 
 from mole import secrets
-from mole.config import engine, yaml_files
+from mole.config import engine, paths, yaml_files
 from mole.config import saved as saved_config
 from mole.config.checks import ConfigProblems, dump, validate
 from mole.config.nodes import chosen_datasets
@@ -252,24 +252,57 @@ def test_a_damaged_file_is_named(tmp_path):
             saved_config.read(tmp_path / "c.yaml")
 
 
-def test_paths_that_exist_become_absolute_and_nothing_else_does(tmp_path, monkeypatch):
+def test_paths_become_absolute_whether_or_not_they_exist_and_nothing_else_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a.jsonl").write_text("")
-    (tmp_path / "gpt2").mkdir()
+    for folder in ("models/one", "gpt2", "and/or"):
+        (tmp_path / folder).mkdir(parents=True)
     node = {
-        "dataset": {"path": "data/a.jsonl"},
-        "backbone": {"path": "gpt2", "other": "owner/model"},
-        "prompt": "either/or\nno path",
-        "long": "/" * 5000,
-        "odd": "~nobody-of-this-name/x",
+        "library": {"name": "local", "url": "./lib"},
+        "datasets": {
+            "a": {"name": "jsonl", "path": "a.jsonl", "validation": 0.1, "test": "data/test.jsonl"},
+            "b": {"name": "hub", "path": "owner/data", "validation": "validation"},
+        },
+        "dataset": {"name": "hub", "path": "./data"},
+        "backbone": {"path": "models/one"},
+        "experts": {"a": "runs/a", "b": "hf://me/lib/b", "c": "${HOME}/c"},
+        "model": "r3",
+        "start_library": "~nobody-of-this-name/x",
+        "description": "and/or",
+        "prompt": ".",
         "run": {"folder": "r"},
     }
-    assert saved_config.absolute(node) == {
+    here = str(tmp_path)
+    assert paths.absolute(node) == {
         **node,
-        "dataset": {"path": str(tmp_path / "data" / "a.jsonl")},
-        "run": {"folder": str(tmp_path / "r")},
+        "library": {"name": "local", "url": f"{here}/lib"},
+        "datasets": {
+            "a": {"name": "jsonl", "path": f"{here}/a.jsonl", "validation": 0.1, "test": f"{here}/data/test.jsonl"},
+            "b": node["datasets"]["b"],
+        },
+        "dataset": {"name": "hub", "path": f"{here}/data"},
+        "backbone": {"path": f"{here}/models/one"},
+        "experts": {**node["experts"], "a": f"{here}/runs/a"},
+        "model": f"{here}/r3",
+        "run": {"folder": f"{here}/r"},
     }
+    for id_of_the_hub in ("gpt2", "owner/model"):
+        assert paths.absolute({"backbone": {"path": id_of_the_hub}}) == {"backbone": {"path": id_of_the_hub}}
+
+
+def test_every_path_of_the_table_is_a_key_of_conf():
+    found = set()
+    for file in yaml_files.conf_dir().rglob("*.yaml"):
+        group = "" if file.parent == yaml_files.conf_dir() else f"{file.parent.name}."
+        found |= {group + key for key in yaml_files.entries(file)}
+    single = {key.replace("datasets.*", "dataset").removesuffix(".*") for key in (*paths.PATHS, *paths.PATHS_OR_IDS)}
+    assert single <= found
+
+
+def test_a_relative_path_and_its_place_are_no_difference(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old, new = {"library": {"url": "./lib"}, "seed": 1}, {"library": {"url": f"{tmp_path}/lib"}, "seed": 1}
+    assert saved_config.differences(old, new) == []
+    assert saved_config.differences(old, {**new, "library": {"url": "./other"}}) == ["library.url"]
 
 
 def test_differences_are_the_keys_that_may_not_change():
