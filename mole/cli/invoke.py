@@ -111,7 +111,7 @@ class _Call:
         if self.source is None:
             return
         version = RunFolder(self.source).facts().get("versions", {}).get("mole")
-        if version is not None:
+        if version not in (None, mole.__version__):
             yield f"{self.source} was written by mole {version}; this is mole {mole.__version__}"
 
     def _run(self) -> int:
@@ -215,20 +215,26 @@ class _Call:
             raise ValueError(
                 "experiment=… chooses for a whole configuration; with a saved one give its values one by one"
             )
-        own = OmegaConf.load(self.engine.primary_file())
         if facts.get("command", self.command.name) != self.command.name:
             if self.given.resume:
                 raise ValueError(f"{self.source} is a run of mole {facts['command']}; continue it with that command")
-            body = {k: v for k, v in body.items() if k in groups or (k in own and k not in ("name", "run"))}
+            body = self._shared(body)
         if self.given.resume:
             refused = [key for key in keys if not saved_config.is_changeable(key)]
             if refused:
                 raise ValueError(f"{', '.join(refused)} cannot change when a run goes on; use --from {self.source}")
             body["run"] = {**body.get("run", {}), "folder": str(self.source.absolute()), "resume": "auto"}
-            body = _escaped(body)
-        else:
-            body = {**_escaped(body), "run": {**_escaped(body.get("run", {})), **_fresh(own)}}
-        self.engine.saved_run(body, switched)
+        else:  # a folder and a start of its own
+            body["run"] = {k: v for k, v in body.get("run", {}).items() if k not in ("folder", "resume")}
+        self.engine.saved_run(_escaped(body), switched, run.config)
+
+    def _shared(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What another command's saved configuration has for this one; its run is the model, where one is asked for."""
+        own = yaml_files.entries(self.engine.primary_file())
+        kept = {k: v for k, v in body.items() if k in self.engine.groups() or (k in own and k not in ("name", "run"))}
+        if self.source and "model" in own and own["model"].value == "???":
+            kept.setdefault("model", str(self.source.absolute()))
+        return kept
 
 
 @contextmanager
@@ -240,12 +246,6 @@ def _root_log_kept() -> Iterator[None]:
         yield
     finally:
         root.handlers[:], root.level = handlers, level
-
-
-def _fresh(own: Any) -> dict[str, Any]:
-    """A new run's folder and start, as the command's own file has them."""
-    node: Any = OmegaConf.to_container(own, resolve=False)
-    return {key: node["run"][key] for key in ("folder", "resume") if key in node.get("run", {})}
 
 
 def _escaped(value: Any) -> Any:

@@ -75,7 +75,8 @@ class Engine:
         self.hydra: Any = GlobalHydra.instance().hydra
         self._options: dict[str, list[str]] = {}
         self._groups: dict[tuple[str, ...], dict[str, str | None]] = {}
-        self._saved: dict[str, Any] = {}  # the body of that run
+        self._saved: dict[str, Any] = {}  # the body of that run, and the file that has it
+        self._saved_file: Path | None = None
 
     def groups(self, overrides: Sequence[str] = ()) -> dict[str, str | None]:
         """Every group that the command can select → the option chosen under `overrides` (None: none yet)."""
@@ -138,33 +139,40 @@ class Engine:
         """The composed configuration, interpolations not yet resolved. Raises Hydra's and OmegaConf's errors."""
         return hydra.compose(self.config_name, list(overrides))
 
-    def saved_run(self, body: dict[str, Any], switched: Sequence[str]) -> None:
-        """Puts a saved configuration in the place of the command's primary config.
+    def saved_run(self, body: dict[str, Any], switched: Sequence[str], file: Path | None = None) -> None:
+        """Puts a saved configuration (that of `file`) in the place of the command's primary config.
 
-        Each group in `switched` is composed anew and replaces what was saved; all else comes from `body`.
+        Each group in `switched` is composed anew and replaces what was saved; all else comes from `body`. What that
+        lacks, because it is of another command or of an older version, is as the command's own files have it.
         """
-        own = OmegaConf.load(self.primary_file())
-        groups = self.groups()
-        self._saved = body
+        own: Any = OmegaConf.to_container(OmegaConf.load(self.primary_file()), resolve=False)
         gone = {*switched, *(f"{g}s" for g in switched)}
-        fresh: dict[str, Any] = {k: v for k, v in body.items() if k not in gone}
-        for group in groups:  # `dataset=[…]` over a saved `dataset`: the plural's key must be there to be filled
-            if f"{group}s" in gone and f"{group}s" in own:
-                fresh[f"{group}s"] = {}
-        defaults = [{group: None} for group in groups]
-        ConfigStore.instance().store(name=_SAVED, node={"defaults": [*defaults, "_self_"], **fresh})
+        kept = {k: v for k, v in body.items() if k not in gone}
+        defaults: list[Any] = []
+        for group, option in self.groups().items():
+            if group in gone:
+                option = None
+            elif group in kept:  # the option's file stands under what was saved, for keys that were added since
+                name = kept[group].get("name") if isinstance(kept[group], dict) else None
+                option = name if name in self.options(group) else None
+            defaults.append({group: option})
+        self._saved, self._saved_file = body, file
+        body = _over({k: v for k, v in own.items() if k != "defaults"}, kept)
+        ConfigStore.instance().store(name=_SAVED, node={"defaults": [*defaults, "_self_"], **body})
         self.config_name = _SAVED
 
     def locate(self, key: str, overrides: Sequence[str] = ()) -> str:
         """File and line that gave `key` its value, as `experiment/x.yaml:3`; empty if no file did."""
         if any(o.lstrip("+~").partition("=")[0] == key for o in overrides):
             return ""
+        if self._saved_file is not None and (entry := yaml_files.entries(self._saved_file).get(key)):
+            return f"{self._saved_file}:{entry.line}"
         chosen = self.groups(overrides)
-        places = [(f, "") for g, o in chosen.items() if o and (f := self.file(g, o)) and yaml_files.is_global(f)]
-        places += [
-            (f, f"{g}.") for g, o in chosen.items() if o and (f := self.file(g, o)) and not yaml_files.is_global(f)
+        found = [
+            (f, "" if yaml_files.is_global(f) else f"{g}.") for g, o in chosen.items() if o and (f := self.file(g, o))
         ]
-        for file, prefix in [*reversed(places), (self.primary_file(), "")]:
+        presets = [place for place in reversed(found) if not place[1]]  # they stand over every other file
+        for file, prefix in [*presets, *reversed([place for place in found if place[1]]), (self.primary_file(), "")]:
             if not key.startswith(prefix):
                 continue
             entry = yaml_files.entries(file).get(key.removeprefix(prefix))
@@ -178,6 +186,12 @@ class Engine:
 
     def _first(self, name: str) -> Path | None:
         return next((folder / name for folder in self.folders if (folder / name).is_file()), None)
+
+
+def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `top` put over it, mapping by mapping."""
+    both = {k: _over(base[k], v) for k, v in top.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **top, **both}
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

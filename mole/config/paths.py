@@ -1,4 +1,4 @@
-"""Which values of a configuration are paths, and the same values made absolute, so that they mean one place everywhere."""
+"""Which values of a configuration are paths, and the same made absolute, so that each means one place everywhere."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase

@@ -231,6 +231,16 @@ def test_error_of_a_file_of_the_user_says_file_and_line(capsys):
     assert "experiment/x.yaml:3" in said
 
 
+def test_the_first_file_that_counts_is_blamed():
+    """A preset stands over the file of a group, which gives the same key."""
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/x.yaml").write_text("# @package _global_\n# Mine.\nflavour:\n  sugar: -3\n")
+    with engine("toy", ["mine", CONF]) as tree:
+        for overrides, place in ((["experiment=x"], "experiment/x.yaml:4"), ([], "flavour/sweet.yaml:3")):
+            assert tree.locate("flavour.sugar", overrides) == place
+        assert tree.locate("flavour.sugar", ["experiment=x", "flavour.sugar=2"]) == ""
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -400,8 +410,48 @@ def test_from_names_the_version_that_wrote_what_is_unknown_now(capsys):
     assert main("toy", "--from", "a") == 2
     said = capsys.readouterr().err
     assert "eggs: unknown key" in said
-    assert "written by mole" in said
+    assert f"a/config.yaml:{len(file.read_text().splitlines())}" in said
+    assert "written by mole" not in said  # it was this one
+    record = json.loads(Path("a/run.json").read_text())
+    record["versions"]["mole"] = "0.0.1"
+    Path("a/run.json").write_text(json.dumps(record))
+    assert main("toy", "--from", "a") == 2
+    assert "written by mole 0.0.1; this is mole" in capsys.readouterr().err
     assert main("toy", "--from", "a", "experiment=small") == 2
+
+
+def test_from_fills_in_keys_that_are_newer_than_the_run():
+    assert main("toy", CREAM, "run.folder=a") == 0
+    node = yaml.safe_load(Path("a/config.yaml").read_text())
+    del node["flavour"]["sugar"], node["spices"], node["training"]["learning_rate"]
+    Path("a/config.yaml").write_text(yaml.safe_dump(node))
+    assert main("toy", "--from", "a", "flavour.sugar=7", "training.learning_rate=0.25", "run.folder=b") == 0
+    node = yaml.safe_load(Path("b/config.yaml").read_text())
+    assert (node["flavour"]["sugar"], node["spices"], node["training"]["learning_rate"]) == (7, {}, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["evaluate", "limit=8"], {"limit": 8, "metric": "auto", "name": "evaluation", "seed": 5}),
+        (["generate", "model=r3"], {"limit": 3, "model": "r3", "name": "text", "seed": 5}),
+        (["xlora-train", "router.depth=1"], {"library": {"name": "local", "url": "./lib"}, "name": "mixture"}),
+    ],
+)
+def test_from_takes_from_a_run_of_another_command_what_the_two_share(words, expected, capsys):
+    Path("x1").mkdir()
+    node = {"dataset": {"name": "reverse"}, "name": "sums", "seed": 5, "adapter": {"name": "lora"}}
+    node |= {"library": {"name": "local", "url": "./lib"}, "run": {"folder": "x1"}}
+    Path("x1/config.yaml").write_text(yaml.safe_dump(node))
+    Path("x1/run.json").write_text(json.dumps({"command": "train-expert"}))
+    assert cli.main([words[0], "--from", "x1", *words[1:], "--cfg", "job", "--resolve"]) == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert {key: found[key] for key in expected} == expected
+    assert found["run"]["folder"].startswith(f"outputs/{words[0]}/")
+    assert found["dataset"]["name"] == "reverse"
+    assert "adapter" not in found
+    if words[0] == "evaluate":
+        assert found["model"] == str(Path("x1").absolute())
 
 
 def test_resume_goes_on_with_what_may_change_and_refuses_the_rest(capsys):
