@@ -50,6 +50,7 @@ class Plan:
     options: Mapping[str, list[str]] = field(default_factory=dict)
     required: Sequence[str] = ()
     where: Callable[[str], str] = lambda key: ""
+    comment: Callable[[str], str] = lambda key: ""
     parent: str | None = None
 
 
@@ -67,7 +68,7 @@ class Outcome:
 def check(plan: Plan) -> Any:
     """The plan's configuration, validated. Raises ConfigProblems."""
     schema, _ = plan.command.load()
-    return validate(schema, plan.node, plan.options, plan.required, plan.where)
+    return validate(schema, plan.node, plan.options, plan.required, plan.where, plan.comment)
 
 
 def start(plan: Plan) -> Outcome:

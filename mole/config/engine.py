@@ -91,10 +91,29 @@ class Engine:
         return dict(self._groups[key])
 
     def options(self, group: str) -> list[str]:
-        """The options of a group, sorted; empty if there is no such group."""
+        """The options of a group, sorted, without presets for other commands; empty if there is no such group."""
         if group not in self._options:
-            self._options[group] = sorted(self.hydra.config_loader.get_group_options(group))
+            found = sorted(self.hydra.config_loader.get_group_options(group))
+            self._options[group] = [o for o in found if group != "experiment" or not self._others(o)]
         return self._options[group]
+
+    def remark(self, group: str, option: str) -> str:
+        """What there is to be said of an option that this command has not; empty if there is nothing."""
+        others = self._others(option) if group == "experiment" and self.file(group, option) else []
+        return f"a preset for {', '.join(others)}, not for {self.command}" if others else ""
+
+    def comment(self, key: str, overrides: Sequence[str] = ()) -> str:
+        """What the files say about a key; empty if they say nothing."""
+        parts = key.split(".")
+        chosen: dict[str, str] = {**self.chosen(overrides)}
+        for group in self.groups():
+            if parts[0] == f"{group}s" and len(parts) > 2:  # several: each is called like its option, unless renamed
+                parts = [group, *parts[2:]]
+                chosen[group] = key.split(".")[1]
+        file = self.file(parts[0], chosen[parts[0]]) if parts[0] in chosen else None
+        entry = yaml_files.entries(file).get(".".join(parts[1:])) if file is not None else None
+        entry = entry or yaml_files.entries(self.primary_file()).get(key)
+        return entry.comment if entry else ""
 
     def primary_file(self) -> Path:
         """The command's own YAML: the user's if there is one. Raises ValueError."""
@@ -181,11 +200,29 @@ class Engine:
                 return f"{file.relative_to(root)}:{entry.line}"
         return ""
 
+    def _others(self, preset: str) -> list[str]:
+        """The commands that a preset is for, if this one is none of them."""
+        file = self.file("experiment", preset)
+        if file is None or not yaml_files.is_global(file) or _fits(file, self.primary_file()):
+            return []
+        files = {f.stem: f for folder in reversed(self.folders) for f in folder.glob("*.yaml")}
+        return sorted(name for name, f in files.items() if name != self.command and _fits(file, f))
+
     def _has_defaults(self) -> bool:
         return "defaults" in self.primary_file().read_text(encoding="utf-8")
 
     def _first(self, name: str) -> Path | None:
         return next((folder / name for folder in self.folders if (folder / name).is_file()), None)
+
+
+def _fits(preset: Path, primary: Path) -> bool:
+    """Whether a command has every group that a preset chooses, and every key that it sets."""
+    groups = yaml_files.defaults(primary)
+    if "experiment" not in groups:
+        return False
+    known = {*groups, *(key.partition(".")[0] for key in yaml_files.entries(primary)), "hydra"}
+    wanted = {*yaml_files.defaults(preset), *(key.partition(".")[0] for key in yaml_files.entries(preset))}
+    return wanted <= known
 
 
 def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

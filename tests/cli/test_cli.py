@@ -154,8 +154,17 @@ def test_version_names_mole_and_its_packages(capsys):
             ["toy", CREAM, "flavour=sweat"],
             "flavour=sweat: no such option; did you mean flavour=sweet?   known: sour, sweet",
         ),
-        (["toy", "topping=nuts_chopped"], "topping.path: required"),
-        (["toy", "topping.path=x"], "topping is not chosen yet; add topping=cream or topping=nuts_chopped"),
+        (["toy", "topping=nuts_chopped"], "topping.path: required (where the nuts are); give it with topping.path=…"),
+        (
+            ["toy", "topping=[nuts_chopped]"],
+            "toppings.nuts_chopped.path: required (where the nuts are); give it with toppings.nuts",
+        ),
+        (["toy", "topping=[nuts_chopped]", "toppings.nuts_chopped.paht=3"], "did you mean toppings.nuts_chopped.path?"),
+        (["toy", "topping=[nuts_chopped]", "topping.path=3"], "say which: toppings.nuts_chopped.path=…"),
+        (["toy", CREAM, "--resolve"], "--resolve says how --cfg prints"),
+        (["toy", CREAM, "--package", "run"], "--package says how --cfg prints"),
+        (["toy", CREAM, "hydra.run.dir=x"], "hydra.run.dir cannot act; give run.folder=…"),
+        (["toy", "topping.path=x"], "topping is not chosen yet; add topping=nuts_chopped"),
         (["toy", CREAM, "seed=1,2"], "a comma makes a sweep: add -m, or quote the value twice: \"seed='1,2'\""),
         (["toy", CREAM, "seed=a"], 'seed: must be a whole number, got "a"'),
         (["toy", CREAM, "seed=1.5"], "seed: must be a whole number, got 1.5"),
@@ -229,6 +238,33 @@ def test_error_of_a_file_of_the_user_says_file_and_line(capsys):
     said = capsys.readouterr().err
     assert "did you mean flavour.sugar?" in said
     assert "experiment/x.yaml:3" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["train-expert", "experiment=mhr"],
+            "experiment=mhr: a preset for build-moe, xlora-train, not for train-expert",
+        ),
+        (["evaluate", "experiment=debug"], "experiment=debug: a preset for build-moe, moefy, train-expert"),
+        (["train-expert", "experiment=mean"], "known: debug, transfer-mean, transfer-nearest\n"),
+        (
+            ["train-expert", "dataset=[reverse,cipher]", "datasets.reverse.exampls=3"],
+            "did you mean datasets.reverse.exa",
+        ),
+        (["train-expert", "dataset=jsonl", "dataset.pth=x"], "did you mean dataset.path?"),
+        (
+            ["train-expert", "adapter=ia3", "adapter.rank=4"],
+            "known: adapter.name, adapter.targets, adapter.feedforward",
+        ),
+        (["train-expert", "schedule=constant", "schedule.warmup=3"], "known: schedule.name"),
+    ],
+)
+def test_hints_are_for_this_command_and_this_line(words, says, capsys):
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert says in said, said
 
 
 def test_the_first_file_that_counts_is_blamed():

@@ -2,10 +2,13 @@
 
 import dataclasses
 import itertools
+import re
+import shlex
 from typing import Annotated, Literal
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -120,6 +123,27 @@ def test_lines_of_a_rule_across_fields_are_problems_of_their_own():
     with pytest.raises(ConfigProblems) as caught:
         validate(Both, {})
     assert caught.value.lines == ["a=1 with b=x: lower a", "b: nothing fits"]
+
+
+def test_lengths_are_told_in_plain_words():
+    @config_dataclass
+    class Whole:
+        text: Annotated[str, Field(min_length=1)] = "a"
+        items: Annotated[tuple[int, ...], Field(min_length=2)] = (1, 2)
+
+    with pytest.raises(ConfigProblems) as caught:
+        validate(Whole, {"text": "", "items": [1]})
+    assert caught.value.lines == [
+        'text: must have at least 1 character, got ""',
+        "items: must have at least 2 items, got [1]",
+    ]
+
+
+def test_what_is_missing_comes_with_its_comment_and_text_with_the_way_to_write_it():
+    assert "run.folder: required (of key); give it with run.folder=…" in lines(
+        {**NODE, "run": {}}, comment=lambda key: "of key"
+    )
+    assert lines({**NODE, "name": 5}) == ["name: must be text, got 5; as text it is written \"name='5'\""]
 
 
 def test_where_a_value_came_from_stands_behind_its_problem():
@@ -332,6 +356,7 @@ class Tree:
             "library": ["azure", "hub", "local", "s3"],
             "backbone": ["pretrained", "tiny"],
             "merge": ["uniform"],
+            "hydra/launcher": ["basic"],
         }.get(group, [])
 
     def takes_several(self, group):
@@ -339,6 +364,9 @@ class Tree:
 
     def open_keys(self, overrides=()):
         return {"losses"}
+
+    def remark(self, group, option):
+        return "a preset for build-moe, not for train-expert" if option == "mhr" else ""
 
 
 @pytest.mark.parametrize(
@@ -362,6 +390,14 @@ class Tree:
         ("losses_over=1", ["losses_over=1"]),
         ("~adapter", ["~adapter"]),
         ("name=a#b", ["name='a#b'"]),
+        ("prompt=Hi, you", ["prompt='Hi, you'"]),
+        ('prompt=it\'s, "so"', ["prompt='it\\'s, \"so\"'"]),
+        ("prompt='a', 'b'", ["prompt='\\'a\\', \\'b\\''"]),
+        ("prompt=5", ["prompt='5'"]),
+        ("message=[a] {b}: c", ["message='[a] {b}: c'"]),
+        ("prompt='Hi, you'", ["prompt='Hi, you'"]),
+        ("description=null", ["description=null"]),
+        ("hydra/launcher=basic", ["hydra/launcher=basic"]),
     ],
 )
 def test_words_become_overrides(word, rewritten):
@@ -377,6 +413,35 @@ def test_sweeps_pass_with_a_sweep_only():
         rewrite(["adapter=lora,ia3"], Tree())
     with pytest.raises(ValueError, match="no such option"):
         rewrite(["adapter=lora,ia4"], Tree(), sweep=True)
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        (
+            "hydra/launcher=joblib",
+            "hydra/launcher=joblib: no such option; another package brings it: pip install 'mole-",
+        ),
+        ("hydra/launcher=basik", "did you mean hydra/launcher=basic?"),
+        ("hydra.run.dir=x", "hydra.run.dir cannot act; give run.folder=…"),
+        ("adapter=mhr", "adapter=mhr: a preset for build-moe, not for train-expert"),
+        ("backbone=gpt2x", "a Hub id without an owner backbone=pretrained backbone.path=gpt2x"),
+    ],
+)
+def test_a_refused_word_says_what_to_do(word, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        rewrite([word], Tree())
+
+
+@pytest.mark.parametrize("value", ["1,2", "it's, $5", 'say "a", `b`!', "back\\slash, 'quoted'"])
+def test_the_hint_on_commas_works_as_it_is_typed(value):
+    with pytest.raises(ValueError, match="a comma makes") as caught:
+        rewrite([f"name={value}"], Tree())
+    typed = shlex.split(str(caught.value).rpartition("quote the value twice: ")[2])
+    assert len(typed) == 1
+    assert rewrite(typed, Tree()) == typed
+    parsed = OverridesParser.create().parse_override(typed[0]).value()
+    assert getattr(parsed, "text", parsed) == value
 
 
 @pytest.mark.parametrize(
@@ -399,8 +464,6 @@ def test_operands_are_the_words_that_set_nothing():
 @UNHURRIED
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(lambda t: "${" not in t))
 def test_quoted_text_comes_through_the_grammar_as_it_is(text):
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     parsed = OverridesParser.create().parse_override(f"key={quote(text)}")
     assert getattr(parsed.value(), "text", parsed.value()).replace("\\\\", "\\") == text.replace("\\\\", "\\")
 
