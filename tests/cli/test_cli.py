@@ -1,5 +1,6 @@
 """The command line: what each way of calling it does, says, leaves behind, and returns."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,9 @@ import yaml
 from toy_command import CONF, main
 
 from mole.cli import main as cli
+from mole.cli import runs
 from mole.cli.completion import SHELLS, complete
+from mole.config import yaml_files
 from mole.config.engine import engine
 
 CREAM = "topping=cream"
@@ -403,10 +406,26 @@ def test_an_error_after_the_first_step_is_a_failed_run_without_secrets(capsys, m
     assert main("toy", CREAM, "name=input", "run.folder=v") == 1
 
 
+def test_the_value_of_a_secret_in_a_plain_field_is_refused_and_not_shown(monkeypatch, capsys):
+    monkeypatch.setenv("TOY_TOKEN", "hf_verysecret")
+    assert main("toy", CREAM, "name=hf_verysecret") == 2
+    said = capsys.readouterr().err
+    assert "name: holds the value of $TOY_TOKEN" in said
+    assert "hf_verysecret" not in said
+    assert files() == []
+
+
 def test_full_errors_are_raised_on_request(monkeypatch):
     monkeypatch.setenv("MOLE_FULL_ERROR", "1")
     with pytest.raises(RuntimeError, match="burnt"):
         main("toy", CREAM, "name=late")
+
+
+def test_a_run_says_device_and_dtype_before_it_loads(tmp_path):
+    node = {"backbone": {"name": "tiny", "device": "cpu", "dtype": "bfloat16"}, "run": {"folder": str(tmp_path)}}
+    assert runs._Life(runs.Plan(toy_command.COMMANDS["toy"], node))._place() == ", device cpu, dtype bfloat16"
+    node["backbone"]["device"] = "abacus"  # loading says what is wrong with it
+    assert "device abacus" in runs._Life(runs.Plan(toy_command.COMMANDS["toy"], node))._place()
 
 
 def test_quiet_says_nothing_and_verbose_more(capsys):
@@ -523,6 +542,26 @@ def test_resume_auto_starts_where_there_is_no_checkpoint_and_keeps_what_is_not_i
     assert Path("r/mine.txt").is_file()
 
 
+def test_a_command_that_starts_anew_each_time_refuses_to_go_on(capsys, monkeypatch):
+    monkeypatch.setitem(toy_command.COMMANDS, "toy", dataclasses.replace(toy_command.COMMANDS["toy"], resumes=False))
+    assert main("toy", CREAM, "run.resume=auto") == 2
+    assert "run.resume=auto cannot act: mole toy starts anew each time; leave it at never" in capsys.readouterr().err
+    assert files() == []
+    assert main("toy", CREAM, "name=stop", "run.folder=r") == 75
+    assert "toy --from" in capsys.readouterr().err
+    assert main("toy", "--resume", "r") == 2
+    assert "run it again with --from" in capsys.readouterr().err
+    assert json.loads(Path("r/run.json").read_text())["status"] == "stopped"
+    assert main("toy", "--help") == 0
+    assert "--resume" not in capsys.readouterr().out
+
+
+def test_commands_that_do_not_go_on_are_those_whose_comment_says_so():
+    for command in cli.COMMANDS.values():
+        entry = yaml_files.entries(yaml_files.conf_dir() / f"{command.config_name}.yaml").get("run.resume")
+        assert entry is None or entry.comment.startswith("auto") == command.resumes, command.name
+
+
 def test_an_input_error_on_resuming_keeps_the_run(capsys):
     assert main("toy", CREAM, "name=stop", "run.folder=r") == 75
     file = Path("r/config.yaml")
@@ -603,6 +642,30 @@ def test_tab_offers_folders_after_flags_that_take_one():
     Path("runs/file").write_text("")
     assert complete("mole toy --from runs/", toy_command.COMMANDS, []) == ["runs/one/"]
     assert tab("mole toy run.folder=ru") == ["run.folder=runs/"]
+
+
+def test_tab_offers_runs_names_of_a_library_and_files_of_conf():
+    for run in ("outputs/toy/one", "outputs/train-expert/two"):
+        Path(run).mkdir(parents=True)
+        Path(run, "run.json").write_text("{}")
+    for expert in ("sums", "sorts"):
+        Path("lib", expert).mkdir(parents=True)
+        Path("lib", expert, "expert.json").write_text("{}")
+    both = ["outputs/toy/one/", "outputs/train-expert/two/"]
+    assert [c for c in complete("mole plot ", cli.COMMANDS, []) if not c.endswith("=")] == both
+    assert set(both) <= set(complete("mole doctor outputs/", cli.COMMANDS, []))
+    assert set(both) <= set(complete("mole train-expert --from outputs/t", cli.COMMANDS, []))
+    assert complete("mole library show ./lib s", cli.COMMANDS, []) == ["sorts", "sums"]
+    assert complete("mole library remove ./lib sums s", cli.COMMANDS, []) == ["sorts"]
+    assert complete("mole config show adapter/l", cli.COMMANDS, []) == ["adapter/lora"]
+    assert complete("mole config show xl", cli.COMMANDS, []) == ["xlora-train"]
+    assert complete("mole config ls ad", cli.COMMANDS, []) == ["adapter"]
+
+
+def test_operands_that_may_be_left_out_are_shown_so(capsys):
+    for name, usage in (("config ls", "config ls [<group>]"), ("doctor", "doctor [<places…>]"), ("plot", "plot <run>")):
+        assert cli.main([*name.split(), "--help"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: mole {usage} ")
 
 
 def test_completion_of_the_real_commands_needs_no_torch():

@@ -220,6 +220,15 @@ def test_values_that_hold_or_read_secrets(value, is_refused):
     assert not any("pw" in line or "abc" in line for line in found)
 
 
+def test_the_value_of_a_known_secret_is_refused_wherever_it_stands():
+    environment = {"HF_TOKEN": "hf_abcdefgh", "SHORT_TOKEN": "adamw1", "PATH": "outputs/x"}
+    node = {"description": "made with hf_abcdefgh", "tags": ["adamw1"], "name": "adamw1.2", "folder": "outputs/x"}
+    found = list(secrets.problems(node, environment))
+    assert [line.partition(":")[0] for line in found] == ["description", "tags.0"]
+    assert "$HF_TOKEN" in found[0]
+    assert "hf_abcdefgh" not in found[0]
+
+
 def test_known_secrets_are_blotted_out_the_longest_first():
     environment = {
         "A_TOKEN": "abcdef",
