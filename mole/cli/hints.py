@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mole.config import engine as engines
 from mole.config import saved as saved_config
@@ -48,7 +50,11 @@ def _near_keys(key: str, engine: engines.Engine, overrides: Sequence[str]) -> It
             yield f"among several, say which: {plural}.<name>.{rest}=…"
         return
     choices = [o for o in overrides if o.lstrip("+~").partition("=")[0].partition("@")[0] in chosen and not _sweeps(o)]
-    node = OmegaConf.to_container(engine.compose(choices), resolve=False)
+    try:
+        composed = engine.compose(choices)
+    except (HydraException, OmegaConfBaseException):  # a preset of the user's that cannot be composed itself
+        composed = engine.compose()
+    node = OmegaConf.to_container(composed, resolve=False)
     leaves = saved_config.leaves(node)
     inner = _deepest(node, key)
     if inner:  # what stands beside the key
