@@ -23,6 +23,7 @@ class Command:
     module: str = ""
     schema: str = ""
     script: bool = False
+    resumes: bool = True
 
     @property
     def config_name(self) -> str:

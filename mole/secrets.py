@@ -15,6 +15,7 @@ _KEY = re.compile(rf"(^|[_-])({_WORDS})$", re.IGNORECASE)
 _VARIABLE = re.compile(rf"({_WORDS}|_key$|_pat$)", re.IGNORECASE)
 _INTERPOLATION = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([A-Za-z_][A-Za-z0-9_]*)")
 _SIGNED = re.compile(r"^(sig|signature|x-amz-signature|x-amz-security-token|x-goog-signature|awsaccesskeyid)$", re.I)
+_SHORTEST_PART = 8  # characters; a shorter value is looked for as a whole text, since it may be part of any word
 _SHORTEST = 6  # shorter values are words like "none" or "true": replacing them would garble the text
 
 
@@ -29,8 +30,9 @@ def scrub(value: Any, environment: Mapping[str, str] | None = None) -> Any:
     return _scrub(value, known)
 
 
-def problems(node: Any) -> Iterator[str]:
+def problems(node: Any, environment: Mapping[str, str] | None = None) -> Iterator[str]:
     """One line for each place of a configuration (before interpolations are resolved) that holds a secret."""
+    known = _known(os.environ if environment is None else environment)
     for key, value in _leaves(node, ""):
         if value in (None, "", "???"):
             continue
@@ -38,6 +40,7 @@ def problems(node: Any) -> Iterator[str]:
             yield f"{key}: a secret has no place in a configuration; set it in the environment instead"
         elif isinstance(value, str):
             yield from _text_problems(key, value)
+            yield from _known_problems(key, value, known)
 
 
 def strip_address(url: str) -> str:
@@ -60,6 +63,13 @@ def _text_problems(key: str, text: str) -> Iterator[str]:
     signed = any(_SIGNED.match(name) or looks_secret(name) for name, _ in parse_qsl(parts.query))
     if parts.password or signed or (parts.username and parts.scheme in ("http", "https")):
         yield f"{key}: the address holds a user, password or signature; give {strip_address(text)} and log in otherwise"
+
+
+def _known_problems(key: str, text: str, known: Mapping[str, str]) -> Iterator[str]:
+    for secret, variable in known.items():
+        if text == secret or (len(secret) >= _SHORTEST_PART and secret in text):
+            yield f"{key}: holds the value of ${variable}, a secret by its name, and would be written down; take it out"
+            return
 
 
 def _known(environment: Mapping[str, str]) -> dict[str, str]:

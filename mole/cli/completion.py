@@ -4,8 +4,12 @@ import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mole.command import Command
+
+if TYPE_CHECKING:
+    from mole.config.engine import Engine
 
 SHELLS = {
     "bash": r"""_mole() {
@@ -39,7 +43,11 @@ complete -c mole -f -a '(__mole_complete)'""",
 }
 
 _FOLDER_FLAGS = ("--from", "--resume", "--config-dir")
-_FOLDER_KEYS = ("library", "expert", "model", "run", "folder", "dest", "to")
+_FOLDER_KEYS = (
+    *("library", "expert", "model", "mixture", "folder", "dest", "to", "start_library", "start_from", "into"),
+    *("run", "runs", "places", "source", "target", "local", "remote", "one", "other"),
+)
+_RUN_KEYS = ("run", "runs", "places", "mixture")
 
 
 def complete(line: str, commands: Mapping[str, Command], flags: Sequence[str]) -> list[str]:
@@ -57,7 +65,7 @@ def complete(line: str, commands: Mapping[str, Command], flags: Sequence[str]) -
         family = [n.partition(" ")[2] for n in commands if n.startswith(f"{before[0]} ")]
         return _matching(word, family) if len(before) == 1 else []
     if before[-1] in _FOLDER_FLAGS:
-        return _folders(word)
+        return list(dict.fromkeys([*(_runs(word) if before[-1] != "--config-dir" else []), *_folders(word)]))
     if word.startswith("-"):
         return _matching(word, flags)
     return _settings(commands[name], before[len(name.split()) :], word)
@@ -88,9 +96,47 @@ def _settings(command: Command, before: list[str], word: str) -> list[str]:
         node = OmegaConf.to_container(tree.compose([c for c in chosen if "," not in c]), resolve=False)
         known = {f"{group}=" for group in groups} | {f"{key}=" for key in leaves(node)}
         found = _matching(word, known)
-        rest = command.operands[sum(not is_override(w) and not w.startswith("-") for w in before) :]
-        is_path = rest and rest[0].rstrip("…") in _FOLDER_KEYS
-        return found + (_folders(word) if is_path and (word.startswith((".", "/", "~")) or not found) else [])
+        flagged = {i + 1 for i, w in enumerate(before) if w in _FOLDER_FLAGS}
+        given = [w for i, w in enumerate(before) if not is_override(w) and not w.startswith("-") and i not in flagged]
+        return found + _operand(command, given, word, tree, found)
+
+
+def _operand(command: Command, given: Sequence[str], word: str, tree: "Engine", found: Sequence[str]) -> list[str]:
+    """What the next word without "=" may be: a run, a folder, a name in the library named before, a file of conf/."""
+    keys = [o.rstrip("…") for o in command.operands]
+    if not keys or (len(given) >= len(keys) and not command.operands[-1].endswith("…")):
+        return []
+    key = keys[min(len(given), len(keys) - 1)]
+    if key in ("name", "names", "old") and keys[0] == "library" and given:
+        return [name for name in _experts(given[0], word) if name not in given[1:]]
+    if key == "group" and command.name == "config ls":
+        return _matching(word, {o.partition("/")[0] for o in _conf(tree.folders) if "/" in o})
+    if key == "what":
+        return _matching(word, _conf(tree.folders))
+    if key not in _FOLDER_KEYS:
+        return []
+    runs = _runs(word) if key in _RUN_KEYS else []
+    folders = _folders(word) if word.startswith((".", "/", "~")) or not found else []
+    return list(dict.fromkeys([*runs, *folders]))
+
+
+def _runs(word: str) -> list[str]:
+    """Runs where commands leave them: outputs/<command>/<run>/."""
+    if word and not "outputs/".startswith(word) and not word.startswith("outputs/"):
+        return []
+    return _matching(word, [f"{record.parent}/" for record in Path("outputs").glob("*/*/run.json")])
+
+
+def _experts(library: str, word: str) -> list[str]:
+    """Names in a library that is a folder here."""
+    root = Path(library).expanduser()
+    return _matching(word, [card.parent.name for card in root.glob("*/expert.json")]) if root.is_dir() else []
+
+
+def _conf(folders: Sequence[Path]) -> set[str]:
+    """What `config show` takes: every option as group/option, and the commands."""
+    files = {file.relative_to(f) for f in folders for depth in ("*.yaml", "*/*.yaml") for file in f.glob(depth)}
+    return {file.with_suffix("").as_posix() for file in files}
 
 
 def config_folders(words: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,14 +100,16 @@ def full_command(command: Command, engine: "Engine", overrides: Sequence[str], s
 
 
 def _page(
-    command: Command, sentence: str, tables: Iterable[tuple[str, list[tuple[str, str, str]]]], has_run: bool
+    command: Command, sentence: str, tables: Sequence[tuple[str, list[tuple[str, str, str]]]], has_run: bool
 ) -> str:
-    operands = "".join(f" <{o}>" for o in command.operands)
+    optional = {name for _, rows in tables for name, value, _ in rows if value != "required"}
+    operands = "".join(f" [<{o}>]" if o.rstrip("…") in optional else f" <{o}>" for o in command.operands)
     lines = [f"usage: mole {command.name}{operands} [group=option] [key=value] [flags]", "", sentence or command.phrase]
     for title, rows in tables:
         if rows:
             lines += ["", title, *_table(rows)]
-    flags = [(f, "", text) for f, text in FLAGS if has_run or not f.startswith(_ONLY_RUNS)]
+    hidden = (() if has_run else _ONLY_RUNS) + (() if command.resumes else ("--resume",))
+    flags = [(f, "", text) for f, text in FLAGS if not f.startswith(hidden)]
     lines += ["", "flags", *_table(flags)]
     if command.examples:
         lines += ["", "examples", *(f"  {example}" for example in command.examples)]

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 import mole
 from mole import secrets
 from mole.cli import help as texts
-from mole.cli import runs, sweep
+from mole.cli import hints, runs, sweep
 from mole.command import Command
 from mole.config import engine as engines
 from mole.config import overrides as override_words
 from mole.config import saved as saved_config
 from mole.config import yaml_files
 from mole.config.checks import ConfigProblems
-from mole.registry import nearest
 from mole.run_folder import RunFolder
 
 Perform = Callable[[list[str]], int]
@@ -49,7 +47,7 @@ def run(command: Command, given: argparse.Namespace, folders: Sequence[str], per
             except (HydraException, OmegaConfBaseException) as error:
                 if os.environ.get("MOLE_FULL_ERROR"):
                     raise
-                lines = list(explain(error, engine, call.overrides))
+                lines = list(hints.explain(error, engine, call.overrides))
     except (ValueError, OSError, yaml.YAMLError) as error:
         if isinstance(error, BrokenPipeError) or os.environ.get("MOLE_FULL_ERROR"):
             raise
@@ -84,6 +82,9 @@ class _Call:
         words += self._listing() if given.json else []
         if given.source and given.resume:
             raise ValueError("--from starts another run and --resume goes on with one: give one of them")
+        if not given.cfg and (given.resolve or given.package):
+            flag = "--resolve" if given.resolve else "--package"
+            raise ValueError(f"{flag} says how --cfg prints: give --cfg job {flag}, or leave it out")
         if self.source:
             self._start_from(words)
         self.overrides = override_words.rewrite(words, engine, sweep=given.multirun)
@@ -111,7 +112,7 @@ class _Call:
         if self.source is None:
             return
         version = RunFolder(self.source).facts().get("versions", {}).get("mole")
-        if version is not None:
+        if version not in (None, mole.__version__):
             yield f"{self.source} was written by mole {version}; this is mole {mole.__version__}"
 
     def _run(self) -> int:
@@ -192,6 +193,7 @@ class _Call:
             options={group: self.engine.options(group) for group in self.engine.groups()},
             required=self.engine.required(),
             where=lambda key: self.engine.locate(key, self.overrides),
+            comment=lambda key: self.engine.comment(key, self.overrides),
             parent=str(self.given.source) if self.given.source else None,
         )
 
@@ -215,20 +217,26 @@ class _Call:
             raise ValueError(
                 "experiment=… chooses for a whole configuration; with a saved one give its values one by one"
             )
-        own = OmegaConf.load(self.engine.primary_file())
         if facts.get("command", self.command.name) != self.command.name:
             if self.given.resume:
                 raise ValueError(f"{self.source} is a run of mole {facts['command']}; continue it with that command")
-            body = {k: v for k, v in body.items() if k in groups or (k in own and k not in ("name", "run"))}
+            body = self._shared(body)
         if self.given.resume:
             refused = [key for key in keys if not saved_config.is_changeable(key)]
             if refused:
                 raise ValueError(f"{', '.join(refused)} cannot change when a run goes on; use --from {self.source}")
             body["run"] = {**body.get("run", {}), "folder": str(self.source.absolute()), "resume": "auto"}
-            body = _escaped(body)
-        else:
-            body = {**_escaped(body), "run": {**_escaped(body.get("run", {})), **_fresh(own)}}
-        self.engine.saved_run(body, switched)
+        else:  # a folder and a start of its own
+            body["run"] = {k: v for k, v in body.get("run", {}).items() if k not in ("folder", "resume")}
+        self.engine.saved_run(_escaped(body), switched, run.config)
+
+    def _shared(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What another command's saved configuration has for this one; its run is the model, where one is asked for."""
+        own = yaml_files.entries(self.engine.primary_file())
+        kept = {k: v for k, v in body.items() if k in self.engine.groups() or (k in own and k not in ("name", "run"))}
+        if self.source and "model" in own and own["model"].value == "???":
+            kept.setdefault("model", str(self.source.absolute()))
+        return kept
 
 
 @contextmanager
@@ -242,12 +250,6 @@ def _root_log_kept() -> Iterator[None]:
         root.handlers[:], root.level = handlers, level
 
 
-def _fresh(own: Any) -> dict[str, Any]:
-    """A new run's folder and start, as the command's own file has them."""
-    node: Any = OmegaConf.to_container(own, resolve=False)
-    return {key: node["run"][key] for key in ("folder", "resume") if key in node.get("run", {})}
-
-
 def _escaped(value: Any) -> Any:
     """A resolved value in which no interpolation acts when it is composed again."""
     if isinstance(value, dict):
@@ -255,48 +257,3 @@ def _escaped(value: Any) -> Any:
     if isinstance(value, list):
         return [_escaped(v) for v in value]
     return value.replace("${", "\\${") if isinstance(value, str) else value
-
-
-def explain(error: Exception, engine: engines.Engine, overrides: Sequence[str] = ()) -> Iterator[str]:
-    """An error of the engine under `overrides` in a few lines, with what may have been meant."""
-    text = f"{error}\n{error.__cause__ or ''}"
-    if match := re.search(r"Could not (?:override|append to|delete from) (?:config\. )?.*?'([^']+)'", text):
-        key = match[1]
-        if "Could not append" in text:
-            yield f"+{key}: {key} is there already; write {key}=… without the plus"
-            return
-        yield f"Could not override '{key}'." if "override" in match[0] else f"~{key}: there is no {key} to take away"
-        yield from _near_keys(key, engine, overrides)
-    elif match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
-        known = engine.options(match[1])
-        near = nearest(match[2], known, 1)
-        hint = f"; did you mean {match[1]}={near[0]}?" if near else ""
-        yield f"{match[1]}={match[2]}: no such option{hint}   known: {', '.join(known) or 'none'}"
-    else:
-        yield from (line for line in str(error).splitlines()[:6] if line.strip())
-
-
-def _near_keys(key: str, engine: engines.Engine, overrides: Sequence[str]) -> Iterator[str]:
-    chosen, taken = engine.groups(), engine.chosen(overrides)
-    top, _, rest = key.partition(".")
-    if top in chosen and top not in taken:
-        named = " or ".join(f"{top}={option}" for option in engine.options(top))
-        yield f"{top} is not chosen yet; add {named}"
-        if engine.takes_several(top):
-            yield f"among several, say which: {top}s.<name>.{rest}=…"
-        return
-    choices = [f"{group}={option}" for group, option in taken.items() if chosen[group] != option]
-    node = OmegaConf.to_container(engine.compose(choices), resolve=False)
-    leaves = saved_config.leaves(node)
-    if top in taken:
-        own = [k.removeprefix(f"{top}.") for k in leaves if k.startswith(f"{top}.")]
-        near = nearest(rest, own, 1)
-        yield f"did you mean {top}.{near[0]}?" if near else f"known: {', '.join(f'{top}.{k}' for k in own)}"
-        return
-    near = nearest(key, [*leaves, *chosen], 1)
-    if near and near[0] != key:
-        yield f"did you mean {near[0]}?"
-    elif near and key.removesuffix("s") in chosen:
-        yield f"it is filled by {key.removesuffix('s')}=[…]"
-    else:
-        yield f"known: {', '.join([*chosen, *(k for k in node if k not in chosen)])}"  # type: ignore[union-attr]

@@ -45,6 +45,7 @@ _TABLE = (
         "mix",
         ("mixture",),
         ("mole edit-moe outputs/build-moe/<run> library=outputs/library add=[sums]",),
+        resumes=False,
     ),
     Command(
         "moefy",
@@ -64,18 +65,21 @@ _TABLE = (
             "mole merge library=outputs/library method=ties name=all",
             "mole merge mixture=outputs/build-moe/<run> backbone=tiny name=soup",
         ),
+        resumes=False,
     ),
     Command(
         "lorahub",
         "weights of a library's experts for a new task, searched on a few examples",
         "mix",
         examples=("mole lorahub library=outputs/library dataset=jsonl dataset.path=data/new.jsonl budget=40",),
+        resumes=False,
     ),
     Command(
         "generate",
         "text from an expert or a mixture",
         "mix",
         examples=("mole generate model=outputs/library/sums 'prompt=add: 2 3'",),
+        resumes=False,
     ),
     Command(
         "evaluate",

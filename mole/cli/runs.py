@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from mole import host
 from mole.cli import launch
 from mole.command import Command
+from mole.config import paths
 from mole.config import saved as saved_config
 from mole.config.checks import ConfigProblems, validate
 from mole.run_folder import RunFolder, RunStopped, write_atomically
@@ -49,6 +50,7 @@ class Plan:
     options: Mapping[str, list[str]] = field(default_factory=dict)
     required: Sequence[str] = ()
     where: Callable[[str], str] = lambda key: ""
+    comment: Callable[[str], str] = lambda key: ""
     parent: str | None = None
 
 
@@ -66,7 +68,7 @@ class Outcome:
 def check(plan: Plan) -> Any:
     """The plan's configuration, validated. Raises ConfigProblems."""
     schema, _ = plan.command.load()
-    return validate(schema, plan.node, plan.options, plan.required, plan.where)
+    return validate(schema, plan.node, plan.options, plan.required, plan.where, plan.comment)
 
 
 def start(plan: Plan) -> Outcome:
@@ -103,7 +105,7 @@ class _Life:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.node = saved_config.absolute(plan.node)
+        self.node = paths.absolute(plan.node)
         self.run = RunFolder(self.node["run"]["folder"])
         self.is_new = True  # the folder is ours to take away again
         self.before: dict[str, Any] = {}  # run.json of an earlier start
@@ -151,19 +153,21 @@ class _Life:
 
     def _prepare(self) -> Outcome | None:
         """Makes or reopens the folder, writes config.yaml and run.json; an outcome if there is nothing left to do."""
-        run = self.run
-        if self.node["run"].get("resume") == "auto" and run.config.is_file():
+        run, goes_on = self.run, self.node["run"].get("resume") == "auto"
+        if goes_on and run.config.is_file():
             self.before = run.facts()
             self._compare()
             if self.before.get("status") == "finished":
                 line = f"{run.path} is finished already; run it again with --from {run.path}"
                 return Outcome(DONE, "finished", self.before.get("objective"), run.path, (line,))
+            self._check_resuming(goes_on)
             self.is_new = False
             if run.complete_checkpoints():
                 run.remove_leftovers()
             else:
                 run.clear()
         else:
+            self._check_resuming(goes_on)
             if self.plan.auto_named:
                 self.run = run = free(run)
                 self.node["run"]["folder"] = str(run.path)
@@ -175,6 +179,13 @@ class _Life:
             self._forget()
             raise
         return None
+
+    def _check_resuming(self, goes_on: bool) -> None:
+        if goes_on and not self.plan.command.resumes:
+            raise ValueError(
+                f"run.resume=auto cannot act: mole {self.plan.command.name} starts anew each time; leave it at never"
+                + (f", and run it again with --from {self.run.path}" if self.before else "")
+            )
 
     def _compare(self) -> None:
         changed = saved_config.differences(saved_config.read(self.run.config), self.node)
@@ -204,7 +215,19 @@ class _Life:
         self.run.update(processes=count)
         chosen = " ".join(f"{group}={option}" for group, option in saved_config.choices(self.node).items())
         logger.info("%s: %s", self.plan.command.name, chosen or "no choices")
-        logger.info("%d process%s, run folder %s", count, "" if count == 1 else "es", self.run.path)
+        logger.info("%d process%s%s, run folder %s", count, "" if count == 1 else "es", self._place(), self.run.path)
+
+    def _place(self) -> str:
+        """Device and number type of the backbone, as far as they are known before it is read."""
+        backbone = self.node.get("backbone")
+        if not isinstance(backbone, Mapping) or "device" not in backbone:
+            return ""
+        from mole.backbones import resolve_device
+
+        device = backbone["device"]
+        with suppress(ValueError):  # loading says what is wrong with it
+            device = resolve_device(device)
+        return f", device {device}, dtype {backbone.get('dtype', 'auto')}"
 
     def _watch(self, work: Callable[[], Any], is_owner: bool = True) -> Outcome:
         """Does the work; writes down how it ended, if this process owns the folder."""
@@ -239,7 +262,8 @@ class _Life:
             code = REQUEUE
         self._end("stopped")
         kept = f"continue after {checkpoint.name}" if checkpoint else "no checkpoint was written; start again"
-        line = f"{kept} with: mole {self.plan.command.name} --resume {self.run.path}"
+        flag = "--resume" if self.plan.command.resumes else "--from"
+        line = f"{kept} with: mole {self.plan.command.name} {flag} {self.run.path}"
         return Outcome(code, "stopped", None, self.run.path, ("stopped on request", line))
 
     def _failed(self, error: Exception, is_owner: bool) -> Outcome:

@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def check(command: Command, engine: engines.Engine, jobs: Iterable[Sequence[str]
     for given in jobs:
         node = engines.plain(engine.compose([o for o in given if not o.lstrip("+~").startswith("hydra")]))
         try:
-            runs.check(runs.Plan(command, node, options=plan.options, required=plan.required, where=plan.where))
+            runs.check(replace(plan, node=node))
         except ConfigProblems as error:
             lines += [line for line in error.lines if line not in lines]
     if lines:

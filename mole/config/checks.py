@@ -35,12 +35,13 @@ def validate(
     options: Mapping[str, list[str]] | None = None,
     required: Sequence[str] = (),
     where: Callable[[str], str] = lambda key: "",
+    comment: Callable[[str], str] = lambda key: "",
 ) -> Any:
     """A composed configuration as plain data → the frozen dataclass `schema`, or that of the command of this name.
 
     For the messages: `options` maps each group of the command to its options, `required` are groups that must be chosen
     though the schema cannot say so, `where` maps a dotted key to what stands behind its problem (the file and line it
-    came from). Raises ConfigProblems with everything that is wrong.
+    came from), `comment` to what the files say about it. Raises ConfigProblems with everything that is wrong.
     """
     if isinstance(schema, str):
         schema, _ = Command(schema).load()
@@ -49,7 +50,7 @@ def validate(
         config = TypeAdapter(schema).validate_json(json.dumps(node))
     except ValidationError as error:
         open_groups = [g for g in required if not node.get(g) and not node.get(f"{g}s")]
-        lines += _Reader(node, options or {}, where).lines(error)
+        lines += _Reader(node, options or {}, where, comment).lines(error)
         lines += [not_chosen(group, (options or {}).get(group, [])) for group in open_groups]
     except TypeError as error:
         raise ConfigProblems([f"the configuration is not plain data: {error}"]) from None
@@ -67,8 +68,14 @@ def dump(config: Any) -> dict[str, Any]:
 class _Reader:
     """Puts pydantic's list of errors into words, one line for each problem."""
 
-    def __init__(self, node: Mapping[str, Any], options: Mapping[str, list[str]], where: Callable[[str], str]):
-        self.node, self.options, self.where = node, options, where
+    def __init__(
+        self,
+        node: Mapping[str, Any],
+        options: Mapping[str, list[str]],
+        where: Callable[[str], str],
+        comment: Callable[[str], str],
+    ):
+        self.node, self.options, self.where, self.comment = node, options, where, comment
 
     def lines(self, error: ValidationError) -> list[str]:
         errors = error.errors(include_url=False)
@@ -115,8 +122,11 @@ class _Reader:
             return [self._unknown(path, surplus) + behind]
         if kind.startswith("union_tag"):
             return [self._variant(path) + behind]
-        wanted = " or ".join(dict.fromkeys(_wanted(e) for e in errors))
-        return [f"{key or 'config'}: must be {wanted}, got {_shown(errors[0]['input'])}{behind}"]
+        given = errors[0]["input"]
+        must = " or ".join(dict.fromkeys(_wanted(e) for e in errors)).replace(" or be ", " or ")
+        quoted = isinstance(given, int | float) and must == "be text" and not behind and not path[-1].isdigit()
+        hint = f"; as text it is written \"{key}='{_shown(given)}'\"" if quoted else ""
+        return [f"{key or 'config'}: must {must}, got {_shown(given)}{hint}{behind}"]
 
     def _unknown(self, path: tuple[str, ...], surplus: set[tuple[str, ...]]) -> str:
         here: Any = self.node
@@ -141,7 +151,9 @@ class _Reader:
         return f"{key}.name: unknown {name!r}{hint}" + (f" (known: {', '.join(known)})" if known else "")
 
     def _hint(self, path: tuple[str, ...]) -> str:
-        return f"; give it with {'.'.join(path)}=…"
+        key = ".".join(path)
+        said = self.comment(key)
+        return (f" ({said})" if said else "") + f"; give it with {key}=…"
 
 
 _WANTED = {
@@ -160,16 +172,17 @@ _WANTED = {
 
 
 def _wanted(error: Any) -> str:
-    """What a value should have been, in plain words."""
+    """What a value must be or have, in plain words."""
     if error["type"] in _WANTED:
-        return _WANTED[error["type"]]
+        return f"be {_WANTED[error['type']]}"
     context = error.get("ctx", {})
     if error["type"] == "literal_error":
-        return str(context["expected"]).replace("'", "")
+        return "be " + str(context["expected"]).replace("'", "")
     if error["type"] == "string_pattern_mismatch":
-        return f"text of the form {context['pattern']}"
-    text = re.sub(r"^(Value error, |Input should |String should |Value should )", "", error["msg"])
-    return re.sub(r"^be ", "", text) if text != error["msg"] else f"as it says: {text}"
+        return f"be text of the form {context['pattern']}"
+    text = error["msg"].removeprefix("Value error, ")
+    match = re.match(r"[A-Z]\w* should (be|have) (.*)", text)  # "Tuple should have at least 1 item after validation, …"
+    return f"{match[1]} {match[2].split(' after validation')[0]}" if match else f"be as it says: {text}"
 
 
 def _shown(value: Any) -> str:

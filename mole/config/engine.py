@@ -75,7 +75,8 @@ class Engine:
         self.hydra: Any = GlobalHydra.instance().hydra
         self._options: dict[str, list[str]] = {}
         self._groups: dict[tuple[str, ...], dict[str, str | None]] = {}
-        self._saved: dict[str, Any] = {}  # the body of that run
+        self._saved: dict[str, Any] = {}  # the body of that run, and the file that has it
+        self._saved_file: Path | None = None
 
     def groups(self, overrides: Sequence[str] = ()) -> dict[str, str | None]:
         """Every group that the command can select → the option chosen under `overrides` (None: none yet)."""
@@ -90,10 +91,29 @@ class Engine:
         return dict(self._groups[key])
 
     def options(self, group: str) -> list[str]:
-        """The options of a group, sorted; empty if there is no such group."""
+        """The options of a group, sorted, without presets for other commands; empty if there is no such group."""
         if group not in self._options:
-            self._options[group] = sorted(self.hydra.config_loader.get_group_options(group))
+            found = sorted(self.hydra.config_loader.get_group_options(group))
+            self._options[group] = [o for o in found if group != "experiment" or not self._others(o)]
         return self._options[group]
+
+    def remark(self, group: str, option: str) -> str:
+        """What there is to be said of an option that this command has not; empty if there is nothing."""
+        others = self._others(option) if group == "experiment" and self.file(group, option) else []
+        return f"a preset for {', '.join(others)}, not for {self.command}" if others else ""
+
+    def comment(self, key: str, overrides: Sequence[str] = ()) -> str:
+        """What the files say about a key; empty if they say nothing."""
+        parts = key.split(".")
+        chosen: dict[str, str] = {**self.chosen(overrides)}
+        for group in self.groups():
+            if parts[0] == f"{group}s" and len(parts) > 2:  # several: each is called like its option, unless renamed
+                parts = [group, *parts[2:]]
+                chosen[group] = key.split(".")[1]
+        file = self.file(parts[0], chosen[parts[0]]) if parts[0] in chosen else None
+        entry = yaml_files.entries(file).get(".".join(parts[1:])) if file is not None else None
+        entry = entry or yaml_files.entries(self.primary_file()).get(key)
+        return entry.comment if entry else ""
 
     def primary_file(self) -> Path:
         """The command's own YAML: the user's if there is one. Raises ValueError."""
@@ -138,33 +158,40 @@ class Engine:
         """The composed configuration, interpolations not yet resolved. Raises Hydra's and OmegaConf's errors."""
         return hydra.compose(self.config_name, list(overrides))
 
-    def saved_run(self, body: dict[str, Any], switched: Sequence[str]) -> None:
-        """Puts a saved configuration in the place of the command's primary config.
+    def saved_run(self, body: dict[str, Any], switched: Sequence[str], file: Path | None = None) -> None:
+        """Puts a saved configuration (that of `file`) in the place of the command's primary config.
 
-        Each group in `switched` is composed anew and replaces what was saved; all else comes from `body`.
+        Each group in `switched` is composed anew and replaces what was saved; all else comes from `body`. What that
+        lacks, because it is of another command or of an older version, is as the command's own files have it.
         """
-        own = OmegaConf.load(self.primary_file())
-        groups = self.groups()
-        self._saved = body
+        own: Any = OmegaConf.to_container(OmegaConf.load(self.primary_file()), resolve=False)
         gone = {*switched, *(f"{g}s" for g in switched)}
-        fresh: dict[str, Any] = {k: v for k, v in body.items() if k not in gone}
-        for group in groups:  # `dataset=[…]` over a saved `dataset`: the plural's key must be there to be filled
-            if f"{group}s" in gone and f"{group}s" in own:
-                fresh[f"{group}s"] = {}
-        defaults = [{group: None} for group in groups]
-        ConfigStore.instance().store(name=_SAVED, node={"defaults": [*defaults, "_self_"], **fresh})
+        kept = {k: v for k, v in body.items() if k not in gone}
+        defaults: list[Any] = []
+        for group, option in self.groups().items():
+            if group in gone:
+                option = None
+            elif group in kept:  # the option's file stands under what was saved, for keys that were added since
+                name = kept[group].get("name") if isinstance(kept[group], dict) else None
+                option = name if name in self.options(group) else None
+            defaults.append({group: option})
+        self._saved, self._saved_file = body, file
+        body = _over({k: v for k, v in own.items() if k != "defaults"}, kept)
+        ConfigStore.instance().store(name=_SAVED, node={"defaults": [*defaults, "_self_"], **body})
         self.config_name = _SAVED
 
     def locate(self, key: str, overrides: Sequence[str] = ()) -> str:
         """File and line that gave `key` its value, as `experiment/x.yaml:3`; empty if no file did."""
         if any(o.lstrip("+~").partition("=")[0] == key for o in overrides):
             return ""
+        if self._saved_file is not None and (entry := yaml_files.entries(self._saved_file).get(key)):
+            return f"{self._saved_file}:{entry.line}"
         chosen = self.groups(overrides)
-        places = [(f, "") for g, o in chosen.items() if o and (f := self.file(g, o)) and yaml_files.is_global(f)]
-        places += [
-            (f, f"{g}.") for g, o in chosen.items() if o and (f := self.file(g, o)) and not yaml_files.is_global(f)
+        found = [
+            (f, "" if yaml_files.is_global(f) else f"{g}.") for g, o in chosen.items() if o and (f := self.file(g, o))
         ]
-        for file, prefix in [*reversed(places), (self.primary_file(), "")]:
+        presets = [place for place in reversed(found) if not place[1]]  # they stand over every other file
+        for file, prefix in [*presets, *reversed([place for place in found if place[1]]), (self.primary_file(), "")]:
             if not key.startswith(prefix):
                 continue
             entry = yaml_files.entries(file).get(key.removeprefix(prefix))
@@ -173,11 +200,35 @@ class Engine:
                 return f"{file.relative_to(root)}:{entry.line}"
         return ""
 
+    def _others(self, preset: str) -> list[str]:
+        """The commands that a preset is for, if this one is none of them."""
+        file = self.file("experiment", preset)
+        if file is None or not yaml_files.is_global(file) or _fits(file, self.primary_file()):
+            return []
+        files = {f.stem: f for folder in reversed(self.folders) for f in folder.glob("*.yaml")}
+        return sorted(name for name, f in files.items() if name != self.command and _fits(file, f))
+
     def _has_defaults(self) -> bool:
         return "defaults" in self.primary_file().read_text(encoding="utf-8")
 
     def _first(self, name: str) -> Path | None:
         return next((folder / name for folder in self.folders if (folder / name).is_file()), None)
+
+
+def _fits(preset: Path, primary: Path) -> bool:
+    """Whether a command has every group that a preset chooses, and every key that it sets."""
+    groups = yaml_files.defaults(primary)
+    if "experiment" not in groups:
+        return False
+    known = {*groups, *(key.partition(".")[0] for key in yaml_files.entries(primary)), "hydra"}
+    wanted = {*yaml_files.defaults(preset), *(key.partition(".")[0] for key in yaml_files.entries(preset))}
+    return wanted <= known
+
+
+def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `top` put over it, mapping by mapping."""
+    both = {k: _over(base[k], v) for k, v in top.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **top, **both}
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

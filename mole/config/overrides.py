@@ -1,6 +1,7 @@
 """From the words on the line to overrides that Hydra takes: operands, quoting, lists, addresses, near names."""
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,9 +14,31 @@ from mole.registry import nearest
 
 _OVERRIDE = re.compile(r"^(\+{0,2}[A-Za-z_][\w./@:-]*=|~[A-Za-z_][\w./@:-]*(=|$))")
 
+_QUOTED = re.compile(r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\"")
+
 # A value that is no option of these groups but an address chooses this option and fills this key.
 _ADDRESSES = {"library": ("local", "url"), "backbone": ("pretrained", "path")}
 _SCHEMES = {"library": {"hf": "hub", "s3": "s3", "az": "azure"}}  # what an address begins with → another option
+
+# Keys of the user's own sentences: the word behind `=` is taken as it is, commas and quotes included.
+_SENTENCES = ("prompt", "description", "message")
+# What mole settles by itself → what to give in its place.
+_SETTLED = {
+    "hydra.run.dir": "run.folder",
+    "hydra.sweep.dir": "run.folder",
+    "hydra.sweep.subdir": "run.folder",
+    "hydra.job.chdir": "run.folder",
+    "hydra.output_subdir": "run.folder",
+}
+# Options of the engine's own groups that other packages bring → how to have them.
+_PLUGINS = {
+    "joblib": "'mole-experts[sweep]'",
+    "submitit_local": "'mole-experts[sweep]'",
+    "submitit_slurm": "'mole-experts[sweep]'",
+    "optuna": "hydra-optuna-sweeper",
+    "ax": "hydra-ax-sweeper",
+    "nevergrad": "hydra-nevergrad-sweeper",
+}
 
 # A key may hold plain text in one command and be the name of a group elsewhere (`library` of the library's verbs): the
 # engine would look for an option. A mapping under this key alone stands for a value: `engine.plain` unwraps it.
@@ -29,6 +52,7 @@ class Tree(Protocol):
     def options(self, group: str) -> list[str]: ...
     def takes_several(self, group: str) -> bool: ...
     def open_keys(self, overrides: Sequence[str] = ()) -> set[str]: ...
+    def remark(self, group: str, option: str) -> str: ...
 
 
 def is_override(word: str) -> bool:
@@ -66,16 +90,17 @@ def rewrite(words: Sequence[str], tree: Tree, *, sweep: bool = False) -> list[st
         return []
     groups = tree.groups()
     done: list[str] = []
-    for word in words:
+    for given in words:
+        word = given if sweep else _sentence(given)
         override = _parse(word)
         if override.is_sweep_override() and not sweep:
-            key, _, value = word.partition("=")
-            raise ValueError(f"{word}: a comma makes a sweep: add -m, or quote the value twice: \"{key}='{value}'\"")
+            raise ValueError(f"{word}: a comma makes a sweep: add -m, or quote the value twice: {_twice(word)}")
         group = override.key_or_group
+        _check_engine(group, override, tree)
         plain = not (override.is_add() or override.is_force_add() or override.is_delete() or override.package)
         if plain and group in groups:
             done += _choice(override, group, groups[group], tree)
-        elif plain and tree.options(group):
+        elif plain and not group.startswith("hydra/") and tree.options(group):
             done.append(f"{group}={{{WRAPPED}: {quote(_text(override.value()))}}}")
         else:
             done.append(override.input_line or word)
@@ -103,6 +128,40 @@ def quote(text: str) -> str:
     return "'" + slashes.replace("'", "\\'") + "'"
 
 
+def _twice(word: str) -> str:
+    """`key=value` as one types it in a shell for the value to be text: quoted for the shell and for the grammar."""
+    key, _, value = word.partition("=")
+    inner = f"{key}={quote(value)}"
+    return shlex.quote(inner) if any(sign in inner for sign in '"$`\\!') else f'"{inner}"'
+
+
+def _sentence(word: str) -> str:
+    """`prompt=…` and its like as quoted text; null, an interpolation and what is quoted already stay as they are."""
+    key, _, value = word.partition("=")
+    if key not in _SENTENCES or value in ("", "null") or "${" in value:
+        return word
+    return word if _QUOTED.fullmatch(value) else f"{key}={quote(value)}"
+
+
+def _check_engine(key: str, override: Override, tree: Tree) -> None:
+    """Raises ValueError for a setting of the engine that mole settles, and for an option that is not installed."""
+    if key in _SETTLED:
+        raise ValueError(
+            f"{override.input_line}: mole keeps its own folders, so that {key} cannot act; give {_SETTLED[key]}=…"
+        )
+    known = tree.options(key) if key.startswith("hydra/") else []
+    if not known or override.is_delete() or override.is_sweep_override() or override.value() is None:
+        return
+    option = _text(override.value())
+    if option in known:
+        return
+    near = nearest(option, known, 1)
+    hint = f"; did you mean {key}={near[0]}?" if near else ""
+    if option in _PLUGINS:
+        hint = f"; another package brings it: pip install {_PLUGINS[option]}"
+    raise ValueError(f"{key}={option}: no such option{hint}   known: {', '.join(known)}")
+
+
 def _parse(word: str) -> Override:
     """One parsed override. What the grammar refuses (`#`, `&`, letters beyond ASCII …) is taken as quoted text."""
     if word.startswith("="):
@@ -116,7 +175,7 @@ def _parse(word: str) -> Override:
             raise ValueError(f"{word!r}: settings have the form key=value") from None
         if "," in value:
             raise ValueError(
-                f"{word}: a comma makes a sweep or a list; quote the value twice: \"{key}='{value}'\""
+                f"{word}: a comma makes a sweep or a list; quote the value twice: {_twice(word)}"
             ) from None
         try:
             return parser.parse_override(f"{key}={quote(value)}")
@@ -165,10 +224,13 @@ def _option(group: str, text: str, tree: Tree) -> str:
     for name in (text, text.replace("/", "_")):
         if name in known:
             return name
+    if remark := tree.remark(group, text):
+        raise ValueError(f"{group}={text}: {remark}")
     near = nearest(text, known, 1)
     hint = f"; did you mean {group}={near[0]}?" if near else ""
     folder = f"; a folder is written {group}=./{text}" if group in _ADDRESSES else ""
-    raise ValueError(f"{group}={text}: no such option{hint}   known: {', '.join(known)}{folder}")
+    folder += f", a Hub id without an owner backbone=pretrained backbone.path={text}" if group == "backbone" else ""
+    raise ValueError(f"{group}={text}: no such option{hint}   known: {', '.join(known) or 'none'}{folder}")
 
 
 def _is_address(text: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from mole.config.paths import is_same
 from mole.run_folder import write_atomically
 
 # What may change when a run goes on; all else makes another run.
@@ -22,7 +23,6 @@ CHANGEABLE = (
     "run",
 )
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
-_LONGEST_PATH = 1000  # characters; longer text is a prompt, and asking the disk for it fails
 
 
 class _Loader(yaml.SafeLoader):
@@ -67,14 +67,6 @@ def has_folder(node: Mapping[str, Any]) -> bool:
     return isinstance(node.get("run"), Mapping) and "folder" in node["run"]
 
 
-def absolute(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with every path that exists here, and the run's folder, made absolute."""
-    done = {k: _absolute(v) for k, v in node.items()}
-    if has_folder(done):
-        done["run"] = {**done["run"], "folder": str(Path(done["run"]["folder"]).expanduser().absolute())}
-    return done
-
-
 def choices(node: Mapping[str, Any]) -> dict[str, str]:
     """Group → the variant that is chosen in a composed configuration, several joined by a comma."""
     found: dict[str, str] = {}
@@ -91,7 +83,7 @@ def choices(node: Mapping[str, Any]) -> dict[str, str]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Dotted keys that differ between two configurations and may not when a run goes on."""
     before, after = leaves(old), leaves(new)
-    changed = [k for k in {**before, **after} if before.get(k, "") != after.get(k, "")]
+    changed = [k for k in {**before, **after} if not is_same(before.get(k, ""), after.get(k, ""))]
     return [k for k in changed if not is_changeable(k)]
 
 
@@ -108,18 +100,3 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in node.items():
         found |= leaves(value, f"{prefix}.{key}" if prefix else str(key))
     return found
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _absolute(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_absolute(v) for v in value]
-    is_path = isinstance(value, str) and ("/" in value or value.startswith((".", "~"))) and "://" not in value
-    if not is_path or "\n" in value or len(value) > _LONGEST_PATH:
-        return value
-    try:
-        path = Path(value).expanduser()
-        return str(path.absolute()) if path.exists() else value
-    except (OSError, RuntimeError):  # a name that is too long, a user that is unknown: text, not a path
-        return value

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-_DEFAULT = re.compile(r"^\s*- (?:optional )?/?([a-z][\w/]*):[^#]*(?:#\s*(.*))?$")
+_DEFAULT = re.compile(r"^\s*- (?:optional |override )*/?([a-z][\w/]*):[^#]*(?:#\s*(.*))?$")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 

@@ -44,7 +44,7 @@ class ArrowConfig(Prototyped, Subtracting):
     def __post_init__(self):
         problems = [*self.placing_problems(), *self.subtraction_problems(self.combine, self.missing)]
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
 
 
 class LowRankRouter(PrototypeRouter):

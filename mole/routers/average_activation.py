@@ -32,7 +32,7 @@ class AverageActivationConfig(Prototyped):
 
     def __post_init__(self):
         if problems := self.placing_problems():
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
 
 
 @ROUTERS.register("average_activation", AverageActivationConfig)

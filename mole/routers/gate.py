@@ -29,7 +29,7 @@ class GateConfig(Combining, Placing, Learning):
         if self.only is not None and len(set(self.only)) < max(len(self.only), 1):
             problems.append("router.only names at least one expert, and none twice")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
 
 
 @ROUTERS.register("gate", GateConfig)

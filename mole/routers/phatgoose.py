@@ -34,7 +34,7 @@ class PhatgooseConfig(Prototyped):
 
     def __post_init__(self):
         if problems := self.placing_problems():
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
 
 
 @ROUTERS.register("phatgoose", PhatgooseConfig)

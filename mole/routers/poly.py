@@ -52,7 +52,7 @@ class PolyConfig(Placing, Combining, Learning):
         if self.num_splits > 1 and self.combine != "parameters":
             problems.append("router.num_splits above 1 mixes blocks of the factors: set router.combine=parameters")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
 
 
 @ROUTERS.register("poly", PolyConfig)

@@ -52,7 +52,7 @@ class ProductKeyConfig(Placing, Combining, Learning):
                 "no gradient: set router.activation=sigmoid or raise router.top_k"
             )
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
 
 
 class QueryNorm(nn.Module):

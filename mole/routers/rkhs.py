@@ -38,7 +38,7 @@ class RkhsConfig(Placing, Combining, Learning):
     def __post_init__(self):
         problems = self.placing_problems() + one_of_one(self.top_k, self.norm_topk)
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
 
 
 @ROUTERS.register("rkhs", RkhsConfig)

@@ -49,7 +49,7 @@ class SmearConfig(Placing, Combining, Learning):
         if self.source == "encoder" and self.pool != "full":
             problems.append("router.source=encoder reads all that the encoder read: set router.pool=full")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
 
 
 class Scores(nn.Module):

@@ -45,7 +45,7 @@ class SpectralConfig(Prototyped, Subtracting):
                 f"router.prefilter={self.prefilter} leaves fewer experts than router.top_k={self.top_k}: raise it"
             )
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
 
 
 @ROUTERS.register("spectral", SpectralConfig)

@@ -40,7 +40,7 @@ class StaticConfig(Combining, Learning):
 
     def __post_init__(self):
         if problems := self.problems():
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
 
     def problems(self) -> list[str]:
         """What is wrong with these fields together."""

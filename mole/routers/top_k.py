@@ -70,7 +70,7 @@ class TopKConfig(Placing, Combining, Learning):
         if self.score == "sigmoid" and self.noise == "gumbel":
             problems.append("router.noise=gumbel samples from a softmax: set router.score=softmax, or another noise")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
 
 
 @ROUTERS.register("top_k", TopKConfig)

@@ -59,7 +59,7 @@ class XLoraConfig(Combining, Learning):
                 "softmax over them: set router.softmax=true, or router.expert_dropout=0"
             )
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
 
 
 def classifier(config: XLoraConfig, hidden_size: int, outputs: int) -> nn.Sequential:

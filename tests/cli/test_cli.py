@@ -1,5 +1,6 @@
 """The command line: what each way of calling it does, says, leaves behind, and returns."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,9 @@ import yaml
 from toy_command import CONF, main
 
 from mole.cli import main as cli
+from mole.cli import runs
 from mole.cli.completion import SHELLS, complete
+from mole.config import yaml_files
 from mole.config.engine import engine
 
 CREAM = "topping=cream"
@@ -154,8 +157,17 @@ def test_version_names_mole_and_its_packages(capsys):
             ["toy", CREAM, "flavour=sweat"],
             "flavour=sweat: no such option; did you mean flavour=sweet?   known: sour, sweet",
         ),
-        (["toy", "topping=nuts_chopped"], "topping.path: required"),
-        (["toy", "topping.path=x"], "topping is not chosen yet; add topping=cream or topping=nuts_chopped"),
+        (["toy", "topping=nuts_chopped"], "topping.path: required (where the nuts are); give it with topping.path=…"),
+        (
+            ["toy", "topping=[nuts_chopped]"],
+            "toppings.nuts_chopped.path: required (where the nuts are); give it with toppings.nuts",
+        ),
+        (["toy", "topping=[nuts_chopped]", "toppings.nuts_chopped.paht=3"], "did you mean toppings.nuts_chopped.path?"),
+        (["toy", "topping=[nuts_chopped]", "topping.path=3"], "say which: toppings.nuts_chopped.path=…"),
+        (["toy", CREAM, "--resolve"], "--resolve says how --cfg prints"),
+        (["toy", CREAM, "--package", "run"], "--package says how --cfg prints"),
+        (["toy", CREAM, "hydra.run.dir=x"], "hydra.run.dir cannot act; give run.folder=…"),
+        (["toy", "topping.path=x"], "topping is not chosen yet; add topping=nuts_chopped"),
         (["toy", CREAM, "seed=1,2"], "a comma makes a sweep: add -m, or quote the value twice: \"seed='1,2'\""),
         (["toy", CREAM, "seed=a"], 'seed: must be a whole number, got "a"'),
         (["toy", CREAM, "seed=1.5"], "seed: must be a whole number, got 1.5"),
@@ -229,6 +241,43 @@ def test_error_of_a_file_of_the_user_says_file_and_line(capsys):
     said = capsys.readouterr().err
     assert "did you mean flavour.sugar?" in said
     assert "experiment/x.yaml:3" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["train-expert", "experiment=mhr"],
+            "experiment=mhr: a preset for build-moe, xlora-train, not for train-expert",
+        ),
+        (["evaluate", "experiment=debug"], "experiment=debug: a preset for build-moe, moefy, train-expert"),
+        (["train-expert", "experiment=mean"], "known: debug, transfer-mean, transfer-nearest\n"),
+        (
+            ["train-expert", "dataset=[reverse,cipher]", "datasets.reverse.exampls=3"],
+            "did you mean datasets.reverse.exa",
+        ),
+        (["train-expert", "dataset=jsonl", "dataset.pth=x"], "did you mean dataset.path?"),
+        (
+            ["train-expert", "adapter=ia3", "adapter.rank=4"],
+            "known: adapter.name, adapter.targets, adapter.feedforward",
+        ),
+        (["train-expert", "schedule=constant", "schedule.warmup=3"], "known: schedule.name"),
+    ],
+)
+def test_hints_are_for_this_command_and_this_line(words, says, capsys):
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert says in said, said
+
+
+def test_the_first_file_that_counts_is_blamed():
+    """A preset stands over the file of a group, which gives the same key."""
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/x.yaml").write_text("# @package _global_\n# Mine.\nflavour:\n  sugar: -3\n")
+    with engine("toy", ["mine", CONF]) as tree:
+        for overrides, place in ((["experiment=x"], "experiment/x.yaml:4"), ([], "flavour/sweet.yaml:3")):
+            assert tree.locate("flavour.sugar", overrides) == place
+        assert tree.locate("flavour.sugar", ["experiment=x", "flavour.sugar=2"]) == ""
 
 
 @pytest.mark.parametrize(
@@ -357,10 +406,26 @@ def test_an_error_after_the_first_step_is_a_failed_run_without_secrets(capsys, m
     assert main("toy", CREAM, "name=input", "run.folder=v") == 1
 
 
+def test_the_value_of_a_secret_in_a_plain_field_is_refused_and_not_shown(monkeypatch, capsys):
+    monkeypatch.setenv("TOY_TOKEN", "hf_verysecret")
+    assert main("toy", CREAM, "name=hf_verysecret") == 2
+    said = capsys.readouterr().err
+    assert "name: holds the value of $TOY_TOKEN" in said
+    assert "hf_verysecret" not in said
+    assert files() == []
+
+
 def test_full_errors_are_raised_on_request(monkeypatch):
     monkeypatch.setenv("MOLE_FULL_ERROR", "1")
     with pytest.raises(RuntimeError, match="burnt"):
         main("toy", CREAM, "name=late")
+
+
+def test_a_run_says_device_and_dtype_before_it_loads(tmp_path):
+    node = {"backbone": {"name": "tiny", "device": "cpu", "dtype": "bfloat16"}, "run": {"folder": str(tmp_path)}}
+    assert runs._Life(runs.Plan(toy_command.COMMANDS["toy"], node))._place() == ", device cpu, dtype bfloat16"
+    node["backbone"]["device"] = "abacus"  # loading says what is wrong with it
+    assert "device abacus" in runs._Life(runs.Plan(toy_command.COMMANDS["toy"], node))._place()
 
 
 def test_quiet_says_nothing_and_verbose_more(capsys):
@@ -400,8 +465,48 @@ def test_from_names_the_version_that_wrote_what_is_unknown_now(capsys):
     assert main("toy", "--from", "a") == 2
     said = capsys.readouterr().err
     assert "eggs: unknown key" in said
-    assert "written by mole" in said
+    assert f"a/config.yaml:{len(file.read_text().splitlines())}" in said
+    assert "written by mole" not in said  # it was this one
+    record = json.loads(Path("a/run.json").read_text())
+    record["versions"]["mole"] = "0.0.1"
+    Path("a/run.json").write_text(json.dumps(record))
+    assert main("toy", "--from", "a") == 2
+    assert "written by mole 0.0.1; this is mole" in capsys.readouterr().err
     assert main("toy", "--from", "a", "experiment=small") == 2
+
+
+def test_from_fills_in_keys_that_are_newer_than_the_run():
+    assert main("toy", CREAM, "run.folder=a") == 0
+    node = yaml.safe_load(Path("a/config.yaml").read_text())
+    del node["flavour"]["sugar"], node["spices"], node["training"]["learning_rate"]
+    Path("a/config.yaml").write_text(yaml.safe_dump(node))
+    assert main("toy", "--from", "a", "flavour.sugar=7", "training.learning_rate=0.25", "run.folder=b") == 0
+    node = yaml.safe_load(Path("b/config.yaml").read_text())
+    assert (node["flavour"]["sugar"], node["spices"], node["training"]["learning_rate"]) == (7, {}, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["evaluate", "limit=8"], {"limit": 8, "metric": "auto", "name": "evaluation", "seed": 5}),
+        (["generate", "model=r3"], {"limit": 3, "model": "r3", "name": "text", "seed": 5}),
+        (["xlora-train", "router.depth=1"], {"library": {"name": "local", "url": "./lib"}, "name": "mixture"}),
+    ],
+)
+def test_from_takes_from_a_run_of_another_command_what_the_two_share(words, expected, capsys):
+    Path("x1").mkdir()
+    node = {"dataset": {"name": "reverse"}, "name": "sums", "seed": 5, "adapter": {"name": "lora"}}
+    node |= {"library": {"name": "local", "url": "./lib"}, "run": {"folder": "x1"}}
+    Path("x1/config.yaml").write_text(yaml.safe_dump(node))
+    Path("x1/run.json").write_text(json.dumps({"command": "train-expert"}))
+    assert cli.main([words[0], "--from", "x1", *words[1:], "--cfg", "job", "--resolve"]) == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert {key: found[key] for key in expected} == expected
+    assert found["run"]["folder"].startswith(f"outputs/{words[0]}/")
+    assert found["dataset"]["name"] == "reverse"
+    assert "adapter" not in found
+    if words[0] == "evaluate":
+        assert found["model"] == str(Path("x1").absolute())
 
 
 def test_resume_goes_on_with_what_may_change_and_refuses_the_rest(capsys):
@@ -435,6 +540,26 @@ def test_resume_auto_starts_where_there_is_no_checkpoint_and_keeps_what_is_not_i
     assert "another value of name" in capsys.readouterr().err
     assert main(*words, "name=late") == 1
     assert Path("r/mine.txt").is_file()
+
+
+def test_a_command_that_starts_anew_each_time_refuses_to_go_on(capsys, monkeypatch):
+    monkeypatch.setitem(toy_command.COMMANDS, "toy", dataclasses.replace(toy_command.COMMANDS["toy"], resumes=False))
+    assert main("toy", CREAM, "run.resume=auto") == 2
+    assert "run.resume=auto cannot act: mole toy starts anew each time; leave it at never" in capsys.readouterr().err
+    assert files() == []
+    assert main("toy", CREAM, "name=stop", "run.folder=r") == 75
+    assert "toy --from" in capsys.readouterr().err
+    assert main("toy", "--resume", "r") == 2
+    assert "run it again with --from" in capsys.readouterr().err
+    assert json.loads(Path("r/run.json").read_text())["status"] == "stopped"
+    assert main("toy", "--help") == 0
+    assert "--resume" not in capsys.readouterr().out
+
+
+def test_commands_that_do_not_go_on_are_those_whose_comment_says_so():
+    for command in cli.COMMANDS.values():
+        entry = yaml_files.entries(yaml_files.conf_dir() / f"{command.config_name}.yaml").get("run.resume")
+        assert entry is None or entry.comment.startswith("auto") == command.resumes, command.name
 
 
 def test_an_input_error_on_resuming_keeps_the_run(capsys):
@@ -517,6 +642,30 @@ def test_tab_offers_folders_after_flags_that_take_one():
     Path("runs/file").write_text("")
     assert complete("mole toy --from runs/", toy_command.COMMANDS, []) == ["runs/one/"]
     assert tab("mole toy run.folder=ru") == ["run.folder=runs/"]
+
+
+def test_tab_offers_runs_names_of_a_library_and_files_of_conf():
+    for run in ("outputs/toy/one", "outputs/train-expert/two"):
+        Path(run).mkdir(parents=True)
+        Path(run, "run.json").write_text("{}")
+    for expert in ("sums", "sorts"):
+        Path("lib", expert).mkdir(parents=True)
+        Path("lib", expert, "expert.json").write_text("{}")
+    both = ["outputs/toy/one/", "outputs/train-expert/two/"]
+    assert [c for c in complete("mole plot ", cli.COMMANDS, []) if not c.endswith("=")] == both
+    assert set(both) <= set(complete("mole doctor outputs/", cli.COMMANDS, []))
+    assert set(both) <= set(complete("mole train-expert --from outputs/t", cli.COMMANDS, []))
+    assert complete("mole library show ./lib s", cli.COMMANDS, []) == ["sorts", "sums"]
+    assert complete("mole library remove ./lib sums s", cli.COMMANDS, []) == ["sorts"]
+    assert complete("mole config show adapter/l", cli.COMMANDS, []) == ["adapter/lora"]
+    assert complete("mole config show xl", cli.COMMANDS, []) == ["xlora-train"]
+    assert complete("mole config ls ad", cli.COMMANDS, []) == ["adapter"]
+
+
+def test_operands_that_may_be_left_out_are_shown_so(capsys):
+    for name, usage in (("config ls", "config ls [<group>]"), ("doctor", "doctor [<places…>]"), ("plot", "plot <run>")):
+        assert cli.main([*name.split(), "--help"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: mole {usage} ")
 
 
 def test_completion_of_the_real_commands_needs_no_torch():

@@ -154,7 +154,7 @@ def test_dora_experts_need_the_backbone_and_become_the_mixture_of_them(tmp_path,
         (("method=linear", "mixture=x"), "leave out method"),
         (("method=linear", "into=x", "publish=false"), "leave out one of them"),
         (("mixture=x",), "mixture needs the backbone"),
-        (("mixture=x", "backbone=tiny"), "no mixture in x"),
+        (("mixture=x", "backbone=tiny"), "no mixture in /"),
     ],
 )
 def test_bad_input_is_told_and_leaves_nothing(library, tmp_path, capsys, words, told):

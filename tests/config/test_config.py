@@ -2,10 +2,13 @@
 
 import dataclasses
 import itertools
+import re
+import shlex
 from typing import Annotated, Literal
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -13,7 +16,7 @@ from pydantic import Field
 from toy_command import Toy
 
 from mole import secrets
-from mole.config import engine, yaml_files
+from mole.config import engine, paths, yaml_files
 from mole.config import saved as saved_config
 from mole.config.checks import ConfigProblems, dump, validate
 from mole.config.nodes import chosen_datasets
@@ -122,6 +125,27 @@ def test_lines_of_a_rule_across_fields_are_problems_of_their_own():
     assert caught.value.lines == ["a=1 with b=x: lower a", "b: nothing fits"]
 
 
+def test_lengths_are_told_in_plain_words():
+    @config_dataclass
+    class Whole:
+        text: Annotated[str, Field(min_length=1)] = "a"
+        items: Annotated[tuple[int, ...], Field(min_length=2)] = (1, 2)
+
+    with pytest.raises(ConfigProblems) as caught:
+        validate(Whole, {"text": "", "items": [1]})
+    assert caught.value.lines == [
+        'text: must have at least 1 character, got ""',
+        "items: must have at least 2 items, got [1]",
+    ]
+
+
+def test_what_is_missing_comes_with_its_comment_and_text_with_the_way_to_write_it():
+    assert "run.folder: required (of key); give it with run.folder=…" in lines(
+        {**NODE, "run": {}}, comment=lambda key: "of key"
+    )
+    assert lines({**NODE, "name": 5}) == ["name: must be text, got 5; as text it is written \"name='5'\""]
+
+
 def test_where_a_value_came_from_stands_behind_its_problem():
     assert lines({**NODE, "seed": "a"}, where=lambda key: f"file-of-{key}:3")[0].endswith("file-of-seed:3")
 
@@ -196,6 +220,15 @@ def test_values_that_hold_or_read_secrets(value, is_refused):
     assert not any("pw" in line or "abc" in line for line in found)
 
 
+def test_the_value_of_a_known_secret_is_refused_wherever_it_stands():
+    environment = {"HF_TOKEN": "hf_abcdefgh", "SHORT_TOKEN": "adamw1", "PATH": "outputs/x"}
+    node = {"description": "made with hf_abcdefgh", "tags": ["adamw1"], "name": "adamw1.2", "folder": "outputs/x"}
+    found = list(secrets.problems(node, environment))
+    assert [line.partition(":")[0] for line in found] == ["description", "tags.0"]
+    assert "$HF_TOKEN" in found[0]
+    assert "hf_abcdefgh" not in found[0]
+
+
 def test_known_secrets_are_blotted_out_the_longest_first():
     environment = {
         "A_TOKEN": "abcdef",
@@ -252,24 +285,57 @@ def test_a_damaged_file_is_named(tmp_path):
             saved_config.read(tmp_path / "c.yaml")
 
 
-def test_paths_that_exist_become_absolute_and_nothing_else_does(tmp_path, monkeypatch):
+def test_paths_become_absolute_whether_or_not_they_exist_and_nothing_else_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a.jsonl").write_text("")
-    (tmp_path / "gpt2").mkdir()
+    for folder in ("models/one", "gpt2", "and/or"):
+        (tmp_path / folder).mkdir(parents=True)
     node = {
-        "dataset": {"path": "data/a.jsonl"},
-        "backbone": {"path": "gpt2", "other": "owner/model"},
-        "prompt": "either/or\nno path",
-        "long": "/" * 5000,
-        "odd": "~nobody-of-this-name/x",
+        "library": {"name": "local", "url": "./lib"},
+        "datasets": {
+            "a": {"name": "jsonl", "path": "a.jsonl", "validation": 0.1, "test": "data/test.jsonl"},
+            "b": {"name": "hub", "path": "owner/data", "validation": "validation"},
+        },
+        "dataset": {"name": "hub", "path": "./data"},
+        "backbone": {"path": "models/one"},
+        "experts": {"a": "runs/a", "b": "hf://me/lib/b", "c": "${HOME}/c"},
+        "model": "r3",
+        "start_library": "~nobody-of-this-name/x",
+        "description": "and/or",
+        "prompt": ".",
         "run": {"folder": "r"},
     }
-    assert saved_config.absolute(node) == {
+    here = str(tmp_path)
+    assert paths.absolute(node) == {
         **node,
-        "dataset": {"path": str(tmp_path / "data" / "a.jsonl")},
-        "run": {"folder": str(tmp_path / "r")},
+        "library": {"name": "local", "url": f"{here}/lib"},
+        "datasets": {
+            "a": {"name": "jsonl", "path": f"{here}/a.jsonl", "validation": 0.1, "test": f"{here}/data/test.jsonl"},
+            "b": node["datasets"]["b"],
+        },
+        "dataset": {"name": "hub", "path": f"{here}/data"},
+        "backbone": {"path": f"{here}/models/one"},
+        "experts": {**node["experts"], "a": f"{here}/runs/a"},
+        "model": f"{here}/r3",
+        "run": {"folder": f"{here}/r"},
     }
+    for id_of_the_hub in ("gpt2", "owner/model"):
+        assert paths.absolute({"backbone": {"path": id_of_the_hub}}) == {"backbone": {"path": id_of_the_hub}}
+
+
+def test_every_path_of_the_table_is_a_key_of_conf():
+    found = set()
+    for file in yaml_files.conf_dir().rglob("*.yaml"):
+        group = "" if file.parent == yaml_files.conf_dir() else f"{file.parent.name}."
+        found |= {group + key for key in yaml_files.entries(file)}
+    single = {key.replace("datasets.*", "dataset").removesuffix(".*") for key in (*paths.PATHS, *paths.PATHS_OR_IDS)}
+    assert single <= found
+
+
+def test_a_relative_path_and_its_place_are_no_difference(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old, new = {"library": {"url": "./lib"}, "seed": 1}, {"library": {"url": f"{tmp_path}/lib"}, "seed": 1}
+    assert saved_config.differences(old, new) == []
+    assert saved_config.differences(old, {**new, "library": {"url": "./other"}}) == ["library.url"]
 
 
 def test_differences_are_the_keys_that_may_not_change():
@@ -299,6 +365,7 @@ class Tree:
             "library": ["azure", "hub", "local", "s3"],
             "backbone": ["pretrained", "tiny"],
             "merge": ["uniform"],
+            "hydra/launcher": ["basic"],
         }.get(group, [])
 
     def takes_several(self, group):
@@ -306,6 +373,9 @@ class Tree:
 
     def open_keys(self, overrides=()):
         return {"losses"}
+
+    def remark(self, group, option):
+        return "a preset for build-moe, not for train-expert" if option == "mhr" else ""
 
 
 @pytest.mark.parametrize(
@@ -329,6 +399,14 @@ class Tree:
         ("losses_over=1", ["losses_over=1"]),
         ("~adapter", ["~adapter"]),
         ("name=a#b", ["name='a#b'"]),
+        ("prompt=Hi, you", ["prompt='Hi, you'"]),
+        ('prompt=it\'s, "so"', ["prompt='it\\'s, \"so\"'"]),
+        ("prompt='a', 'b'", ["prompt='\\'a\\', \\'b\\''"]),
+        ("prompt=5", ["prompt='5'"]),
+        ("message=[a] {b}: c", ["message='[a] {b}: c'"]),
+        ("prompt='Hi, you'", ["prompt='Hi, you'"]),
+        ("description=null", ["description=null"]),
+        ("hydra/launcher=basic", ["hydra/launcher=basic"]),
     ],
 )
 def test_words_become_overrides(word, rewritten):
@@ -344,6 +422,35 @@ def test_sweeps_pass_with_a_sweep_only():
         rewrite(["adapter=lora,ia3"], Tree())
     with pytest.raises(ValueError, match="no such option"):
         rewrite(["adapter=lora,ia4"], Tree(), sweep=True)
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        (
+            "hydra/launcher=joblib",
+            "hydra/launcher=joblib: no such option; another package brings it: pip install 'mole-",
+        ),
+        ("hydra/launcher=basik", "did you mean hydra/launcher=basic?"),
+        ("hydra.run.dir=x", "hydra.run.dir cannot act; give run.folder=…"),
+        ("adapter=mhr", "adapter=mhr: a preset for build-moe, not for train-expert"),
+        ("backbone=gpt2x", "a Hub id without an owner backbone=pretrained backbone.path=gpt2x"),
+    ],
+)
+def test_a_refused_word_says_what_to_do(word, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        rewrite([word], Tree())
+
+
+@pytest.mark.parametrize("value", ["1,2", "it's, $5", 'say "a", `b`!', "back\\slash, 'quoted'"])
+def test_the_hint_on_commas_works_as_it_is_typed(value):
+    with pytest.raises(ValueError, match="a comma makes") as caught:
+        rewrite([f"name={value}"], Tree())
+    typed = shlex.split(str(caught.value).rpartition("quote the value twice: ")[2])
+    assert len(typed) == 1
+    assert rewrite(typed, Tree()) == typed
+    parsed = OverridesParser.create().parse_override(typed[0]).value()
+    assert getattr(parsed, "text", parsed) == value
 
 
 @pytest.mark.parametrize(
@@ -366,8 +473,6 @@ def test_operands_are_the_words_that_set_nothing():
 @UNHURRIED
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(lambda t: "${" not in t))
 def test_quoted_text_comes_through_the_grammar_as_it_is(text):
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     parsed = OverridesParser.create().parse_override(f"key={quote(text)}")
     assert getattr(parsed.value(), "text", parsed.value()).replace("\\\\", "\\") == text.replace("\\\\", "\\")
 
