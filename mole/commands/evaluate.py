@@ -91,7 +91,8 @@ def run(config: Evaluate) -> float | None:
                     rows[row][name] = _score(model, samples, backbone, config, metric)
                     write_atomically(run.cells, Table(metric, rows).as_json())
         if seen is not None:
-            routing = mixtures.own_statistics(model) | seen.read()
+            own = {} if isinstance(model, MoEModel) else mixtures.own_statistics(model)
+            routing = own | seen.read()
     table = Table(metric, rows, routing=routing)
     table.write(run)
     run.cells.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mole.moe import MoEModel
 from mole.routing.log import RoutingLog
 from mole.routing.statistics import RoutingStatistics
 
@@ -43,7 +44,7 @@ def listening(model: Any, listener: Any) -> Iterator[None]:
 @contextmanager
 def observing(model: Any) -> Iterator[RoutingStatistics]:
     """Statistics of the body's evaluations, and of how generation reads its prompts."""
-    tasks = model.shape.expert_tasks
+    tasks = () if isinstance(model, MoEModel) else model.shape.expert_tasks
     counted = ("eval", "prefill")
     found = RoutingStatistics(model.sites, model.expert_names, tasks, warns=False, phases=counted)
     model.observers.append(found)

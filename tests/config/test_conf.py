@@ -28,6 +28,7 @@ FILLED = {
     "method": "linear",
     "router": "top_k",
 }  # for choices that are required
+GIVEN = {"edit-moe": {"add": ["x"]}}  # what has a default that does not go with the groups in FILLED
 REGISTRIES = {found.group: found for found in vars(registry).values() if isinstance(found, registry.Registry)}
 
 
@@ -115,6 +116,7 @@ ADDRESSES = {"hub": "hf://user/repository", "s3": "s3://bucket/prefix", "azure":
 
 def filled(command: Command, node: dict[str, Any], required: list[str]) -> Any:
     """The validated configuration, with something in place of every value that must be given."""
+    node |= {key: value for key, value in GIVEN.get(command.name, {}).items() if not node.get(key)}
     for _ in range(3):
         try:
             return validate(schema_of(command), node, required=required)
