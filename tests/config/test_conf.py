@@ -28,7 +28,7 @@ FILLED = {
     "method": "linear",
     "router": "top_k",
 }  # for choices that are required
-GIVEN = {"edit-moe": {"add": ["x"]}}  # what has a default that does not go with the groups in FILLED
+BESIDE = {"edit-moe": ["add=[sums]"]}  # what a command needs beside them
 REGISTRIES = {found.group: found for found in vars(registry).values() if isinstance(found, registry.Registry)}
 
 
@@ -116,7 +116,6 @@ ADDRESSES = {"hub": "hf://user/repository", "s3": "s3://bucket/prefix", "azure":
 
 def filled(command: Command, node: dict[str, Any], required: list[str]) -> Any:
     """The validated configuration, with something in place of every value that must be given."""
-    node |= {key: value for key, value in GIVEN.get(command.name, {}).items() if not node.get(key)}
     for _ in range(3):
         try:
             return validate(schema_of(command), node, required=required)
@@ -201,6 +200,7 @@ def test_every_option_composes_and_validates_under_every_command_that_has_its_gr
         has = {*tree.groups(), *tree.compose(rewrite(chosen, tree))}
         if group == PRESETS and not set(written_values(CONF / group / f"{option}.yaml")) <= has:
             pytest.skip(f"{option} sets what {command.name} does not have")
+        chosen += BESIDE.get(command.name, [])
         node = plain(tree.compose(rewrite([f"{group}={option}", *chosen], tree)))
         config = filled(command, node, tree.required())
     if group != PRESETS:
@@ -227,6 +227,7 @@ def test_a_command_without_groups_validates(command):
 def test_a_command_with_datasets_takes_a_list_of_them(command):
     with engine(command.config_name) as tree:
         others = [f"{g}={o}" for g, o in FILLED.items() if tree.groups().get(g, "") is None and g != "dataset"]
+        others += BESIDE.get(command.name, [])
         node = plain(tree.compose(rewrite(["dataset=[arithmetic,reverse]", *others], tree)))
         config = filled(command, node, tree.required())
     assert list(config.datasets) == ["arithmetic", "reverse"]
