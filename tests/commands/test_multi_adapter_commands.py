@@ -57,7 +57,7 @@ def validation(folder: Path):
 
 class TestExpertsWithHeads:
     def test_a_run_leaves_an_expert_its_predictions_and_nothing_else(self, runs):
-        found = {name for name in files(runs / "majority_a") if not name.startswith("checkpoints/")}
+        found = {name for name in files(runs / "majority_a") if not name.startswith(("checkpoints/", "plots/"))}
         expert_files = {"README.md", "adapter_model.safetensors", "expert.json", "mole_adapter.json"}
         kept = {"config.yaml", "run.json", "metrics.jsonl", "log.txt", "samples.jsonl", "predictions.jsonl"}
         assert found == {*kept, *(f"expert/{name}" for name in expert_files)}
