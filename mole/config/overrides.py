@@ -20,8 +20,9 @@ _QUOTED = re.compile(r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\"")
 _ADDRESSES = {"library": ("local", "url"), "backbone": ("pretrained", "path")}
 _SCHEMES = {"library": {"hf": "hub", "s3": "s3", "az": "azure"}}  # what an address begins with → another option
 
-# Keys of the user's own sentences: the word behind `=` is taken as it is, commas and quotes included.
-_SENTENCES = ("prompt", "description", "message")
+# Keys of the user's own sentences, and of revisions, which may be all digits: the word behind `=` is taken as it is,
+# commas and quotes included.
+_SENTENCES = ("prompt", "description", "message", "expect", "backbone.revision")
 # What mole settles by itself → what to give in its place.
 _SETTLED = {
     "hydra.run.dir": "run.folder",

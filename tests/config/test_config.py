@@ -403,6 +403,8 @@ class Tree:
         ('prompt=it\'s, "so"', ["prompt='it\\'s, \"so\"'"]),
         ("prompt='a', 'b'", ["prompt='\\'a\\', \\'b\\''"]),
         ("prompt=5", ["prompt='5'"]),
+        ("expect=12345678", ["expect='12345678'"]),
+        ("backbone.revision=1234567e8", ["backbone.revision='1234567e8'"]),
         ("message=[a] {b}: c", ["message='[a] {b}: c'"]),
         ("prompt='Hi, you'", ["prompt='Hi, you'"]),
         ("description=null", ["description=null"]),
